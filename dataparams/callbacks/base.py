@@ -1,0 +1,377 @@
+"""The life cycle that all method callbacks share: when rows are made, stepped, logged, saved and handed to the user."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics.functional.classification import binary_auroc
+
+from dataparams.callbacks.logging import log_histogram, log_metrics
+from dataparams.callbacks.session import Session
+from dataparams.distributed import VisitGather
+from dataparams.dynamics import BYTES_PER_ROW, DynamicsTable
+from dataparams.index import IndexKey, RowIds, rows_of
+from dataparams.objective import Stage
+from dataparams.optim import RowOptimizer
+from dataparams.tables import ParameterTable, Storage
+
+# Mean distance that log-domain rows should have travelled after an epoch; below it the method is inert.
+MIN_TRAVEL = 0.01
+
+
+class MethodCallback(L.Callback):
+    """Base of the method callbacks. A method overrides :meth:`make_tables`, :meth:`stages` and :meth:`columns`.
+
+    Args:
+        criterion: the loss: attribute name on the module, the loss module itself, or one of torch's loss functions when it is
+            called inline. Default: the module's only loss module, else whichever of torch's losses ``training_step`` calls.
+        index_key: where the batch holds ids: dictionary key, tuple position, attribute or ``batch -> ids``. Default: the
+            position in the training data set, followed through the loader.
+        ids: all training ids in row order, where they are strings or not row numbers.
+        num_rows: number of samples, where the data set cannot tell.
+        storage: where tables live: ``"device"``, ``"pinned"`` host memory or ``"mmap"`` files in ``storage_dir``.
+        storage_dir: folder of memory-mapped tables.
+    """
+
+    def __init__(
+        self,
+        *,
+        criterion: str | nn.Module | Callable[..., Tensor] | None = None,
+        index_key: IndexKey | None = None,
+        ids: Sequence[Hashable] | None = None,
+        num_rows: int | None = None,
+        storage: Storage = "device",
+        storage_dir: str | Path | None = None,
+    ) -> None:
+        if storage not in ("device", "pinned", "mmap"):
+            raise ValueError(f"storage must be 'device', 'pinned' or 'mmap', got {storage!r}")
+        if (storage == "mmap") != (storage_dir is not None):
+            raise ValueError("storage='mmap' and storage_dir=FOLDER go together: give both or neither")
+        if num_rows is not None and num_rows < 1:
+            raise ValueError(f"num_rows must be at least 1, got {num_rows}")
+        self.criterion = criterion
+        self.index_key = index_key
+        self.ids = ids
+        self.num_rows = num_rows
+        self.storage: Storage = storage
+        self.storage_dir = None if storage_dir is None else Path(storage_dir)
+        self.tables: dict[str, ParameterTable] = {}
+        self.optimizers: list[RowOptimizer] = []
+        self.dynamics: DynamicsTable | None = None
+        self.row_ids: RowIds | None = None
+        self.base_positions: Sequence[int] | None = None
+        self.known_ids: list[Any] | None = None
+        self.num_rows_built: int | None = None
+        self._session: Session | None = None
+        self._last_logged = -1
+        self._warned_inert = False
+
+    # -- what a method defines -------------------------------------------------------------------------------------
+
+    def make_tables(self, num_rows: int, device: torch.device) -> None:
+        """Fill ``self.tables`` and ``self.optimizers``. A method without rows leaves them empty."""
+
+    def stages(self) -> list[Stage]:
+        """The method's parts in the loss."""
+        return []
+
+    def columns(self, frame: pd.DataFrame) -> dict[str, Any]:
+        """The method's columns of :meth:`to_frame`, given the shared ones."""
+        return {}
+
+    def scores(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
+        """Detectors of wrong labels, higher is more suspicious."""
+        return {"mean_loss": frame["mean_loss"].to_numpy(), "margin": -frame["mean_margin"].to_numpy()}
+
+    # -- life cycle, in Lightning's order ---------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Join the trainer's session."""
+        if stage == "fit":
+            self._session = Session.join(trainer, self)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the loss; errors come before the first step."""
+        if self._session is not None:
+            self._session.start(trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make the tables: the training loaders are known now."""
+        if self._session is not None:
+            self._session.prepare(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check a reloaded data set's length."""
+        if self._session is not None:
+            self._session.prepare(trainer)
+
+    def prepare(self, num_rows: int, trainer: L.Trainer) -> None:
+        """Make the tables, or check that those restored or kept from an earlier fit belong to this data set.
+
+        Raises:
+            ValueError: rows for another number of samples.
+            MemoryError: the tables do not fit.
+        """
+        device = trainer.strategy.root_device
+        if self.num_rows_built is None:
+            self._build(num_rows, device)
+        elif self.num_rows_built != num_rows:
+            raise ValueError(
+                f"{type(self).__name__} holds rows for {self.num_rows_built} samples, from a checkpoint or an earlier fit, but the "
+                f"training data has {num_rows}: the rows would meet other samples. Train on the same data set, or start anew with a new "
+                "callback and without the checkpoint; ids=[...] with index_key= follows samples whatever their order"
+            )
+        for table in self.tables.values():
+            table.to(device)
+        for optimizer in self.optimizers:
+            optimizer.to(device)
+            optimizer.world_size = trainer.world_size
+            optimizer.gather = VisitGather(device) if trainer.world_size > 1 else None
+        state = sum(b.numel() * b.element_size() for o in self.optimizers for s in o.row_state for b in s.values())
+        size = sum(table.nbytes for table in self.tables.values()) + state
+        where = {"device": str(device), "pinned": "pinned host memory", "mmap": f"files in {self.storage_dir}"}[self.storage]
+        rank_zero_info(
+            f"{type(self).__name__}: {num_rows:,} samples; tables with optimizer state {size / 1e6:.2f} MB on {where}, "
+            f"training dynamics {num_rows * BYTES_PER_ROW / 1e6:.2f} MB on {device}"
+        )
+
+    def _build(self, num_rows: int, device: torch.device) -> None:
+        self.make_tables(num_rows, device)
+        self.num_rows_built = num_rows
+
+    def table_storage(self, name: str, device: torch.device) -> dict[str, Any]:
+        """Storage options of a table with a row a sample, for :class:`ParameterTable`."""
+        path = None if self.storage_dir is None else self.storage_dir / f"{type(self).__name__}.{name}.bin"
+        return {"storage": self.storage, "path": path, "device": device}
+
+    def resize(self, num_rows: int) -> None:
+        """Grow the tables with a row a sample, for ids that are numbered as they come."""
+        for table in self.tables.values():
+            if table.num_rows == self.num_rows_built:
+                table.resize(num_rows)
+        for optimizer in self.optimizers:
+            optimizer.resize()
+        self.num_rows_built = num_rows
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Step the rows, on the gradients of the same backward pass as the model."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        for rows in self.optimizers:
+            if scaler is not None and any(table.visited() for table in rows.tables):
+                # Only unscale: the row optimizer's own check for non-finite gradients is the same on all processes, where
+                # scaler.step() would skip on one and leave the others waiting.
+                scaler.unscale_(rows)
+            rows.step()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Record training dynamics; log the batch's rows at the trainer's interval."""
+        session = self._session
+        if session is None:
+            return
+        if session.members[0] is self:
+            session.flush(trainer)
+        step = trainer.global_step
+        if trainer.loggers and step != self._last_logged and step % trainer.log_every_n_steps == 0:
+            self._last_logged = step
+            log_metrics(trainer, {f"{self.log_name}/batch_{k}": v for k, v in self._statistics(session.tracker.current).items()})
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the whole tables; warn once where rows have hardly moved."""
+        if self._session is None or not self.tables:
+            return
+        self._session.guard.drain()
+        log_metrics(trainer, {f"{self.log_name}/{k}": v for k, v in self._statistics(None).items()})
+        for name, table in self.tables.items():
+            log_histogram(trainer, f"{self.log_name}/{name}", table.values)
+        self._warn_if_inert()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give module, loader and trainer back as they were."""
+        self._leave()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """The same after an exception or Ctrl-C; what was learned stays in the callback."""
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._session is not None:
+            session, self._session = self._session, None
+            for table in self.tables.values():
+                table.pending.clear()
+            session.leave(self)
+
+    # -- logging ---------------------------------------------------------------------------------------------------
+
+    @property
+    def log_name(self) -> str:
+        """Prefix of the logged metrics, ``data_parameters`` for ``DataParameters``."""
+        name = type(self).__name__
+        return "".join("_" + c.lower() if c.isupper() and i and not name[i - 1].isupper() else c.lower() for i, c in enumerate(name))
+
+    def _statistics(self, batches: list[Tensor] | None) -> dict[str, Tensor]:
+        """Mean, spread, extremes and travel of the rows: of the current batch (O(batch)), or of the whole tables."""
+        statistics = {}
+        for name, table in self.tables.items():
+            values = table.values
+            if batches is not None and table.num_rows == self.num_rows_built:
+                if not batches:
+                    continue
+                values = values[torch.cat(batches).to(values.device)]
+            values = values.float()
+            low, high = torch.aminmax(values)
+            spread = values.std(correction=0)
+            travel = (values - table.init).abs().mean()
+            statistics |= {f"{name}_mean": values.mean(), f"{name}_std": spread, f"{name}_min": low, f"{name}_max": high, f"{name}_travel": travel}
+        return statistics
+
+    def _warn_if_inert(self) -> None:
+        if self._warned_inert or self.dynamics is None:
+            return
+        for name, table in self.tables.items():
+            values = table.values
+            if table.num_rows == self.num_rows_built:
+                values = values[(self.dynamics.counts[:, 0] > 0).to(values.device)]
+            if values.numel() and (travel := (values.float() - table.init).abs().mean().item()) < MIN_TRAVEL:
+                self._warned_inert = True
+                warnings.warn(
+                    f"{type(self).__name__}: {name} has moved by {travel:.1g} on average after an epoch, which is next to nothing. "
+                    "Raise lr (with grad_scale='mean' the step per visit is lr / batch size), or train longer.",
+                    stacklevel=2,
+                )
+                return
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tables, row optimizers, training dynamics and ids: tensors and plain types only."""
+        if self.num_rows_built is None:
+            return {}
+        base = self.base_positions
+        return {
+            "version": 1,
+            "num_rows": self.num_rows_built,
+            "tables": {name: table.state_dict() for name, table in self.tables.items()},
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "dynamics": None if self.dynamics is None else self.dynamics.state_dict(),
+            "ids": self.row_ids.names if self.row_ids is not None else self.known_ids,
+            "base_positions": None if base is None else torch.as_tensor(base),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore; :meth:`to_frame` works right away, without a trainer."""
+        if not state_dict:
+            return
+        num_rows = int(state_dict["num_rows"])
+        if self.num_rows_built != num_rows:
+            self.tables, self.optimizers = {}, []
+            self._build(num_rows, torch.device("cpu"))
+        if set(state_dict["tables"]) != set(self.tables):
+            raise ValueError(
+                f"the checkpoint's {type(self).__name__} has tables {sorted(state_dict['tables'])}, this one {sorted(self.tables)}: "
+                "make it with the arguments that it was trained with"
+            )
+        for name, table in self.tables.items():
+            table.load_state_dict(state_dict["tables"][name])
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        if state_dict["dynamics"] is not None:
+            if self.dynamics is None or self.dynamics.num_rows != num_rows:
+                self.dynamics = DynamicsTable(num_rows)
+            self.dynamics.load_state_dict(state_dict["dynamics"])
+        self.known_ids = state_dict["ids"]
+        base = state_dict["base_positions"]
+        self.base_positions = None if base is None else base.tolist()
+
+    # -- what the user gets ----------------------------------------------------------------------------------------
+
+    def loss(self, logits: Tensor, target: Tensor, index: Any, loss_fn: Callable[..., Tensor] = F.cross_entropy, **options: Any) -> Tensor:
+        """Compute a loss with its rows named: the explicit way in.
+
+        Args:
+            logits: ``(B, ...)``, the loss function's input.
+            target: the loss function's target.
+            index: ``(B,)`` rows, or ids where ``ids`` or ``index_key`` were given.
+            loss_fn: one of torch's loss functions.
+            **options: further arguments of ``loss_fn`` (``weight``, ``ignore_index``, ``reduction``, ...).
+
+        Raises:
+            RuntimeError: called outside of ``trainer.fit``.
+        """
+        if self._session is None:
+            raise RuntimeError(f"{type(self).__name__}.loss works inside trainer.fit; elsewhere use dataparams.functional and RowSGD")
+        if not torch.is_grad_enabled():
+            return loss_fn(logits, target, **options)
+        rows = rows_of(index, self._session.tracker.row_ids)
+        return self._session.explicit_call(loss_fn, rows, logits, target, **options)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One line a sample, in row order.
+
+        Columns ``index`` (row), ``id`` (the user's id; for a ``Subset`` the position in the data set below), ``given_label``,
+        ``visits``, ``mean_loss``, ``mean_margin``, ``forgetting_events``, ``confidence``, ``variability``, and the method's own.
+
+        Raises:
+            RuntimeError: nothing was trained or restored yet.
+        """
+        if self.dynamics is None:
+            raise RuntimeError(f"{type(self).__name__} has no rows yet: train first, or load_state_dict from a checkpoint")
+        names = self.row_ids.names if self.row_ids is not None else self.known_ids
+        frame = self.dynamics.to_frame()
+        if names is not None:  # tables of growing ids are larger than what was seen
+            frame = frame.iloc[: len(names)].copy()
+        index = np.arange(len(frame))
+        frame.insert(0, "index", index)
+        frame.insert(1, "id", names if names is not None else (self.base_positions if self.base_positions is not None else index))
+        return frame.assign(**{name: column[: len(frame)] for name, column in self.columns(frame).items()})
+
+    def suspects(self, k: int | None = 100, by: str = "mean_loss") -> pd.DataFrame:
+        """The samples whose labels look wrong, worst first.
+
+        Args:
+            k: how many; None: all.
+            by: one of :meth:`scores`. The running mean loss of a noise-robust run is the best single ranking that was
+                measured (see the README); the method's own rows are another.
+
+        Raises:
+            ValueError: an unknown score.
+        """
+        frame = self.to_frame()
+        scores = self.scores(frame)
+        if by not in scores:
+            raise ValueError(f"by={by!r} is not a score of {type(self).__name__}; choose from {sorted(scores)}")
+        frame["score"] = scores[by]
+        return frame.sort_values("score", ascending=False, na_position="last", kind="stable").head(len(frame) if k is None else k)
+
+    def auroc(self, is_corrupt: Any) -> dict[str, float]:
+        """How well each score finds the wrong labels, where the truth is known.
+
+        Args:
+            is_corrupt: ``(N,)`` bool, by row: held outside of this library, so that a mix-up of rows shows.
+
+        Returns:
+            Area under the ROC curve by score, over visited samples.
+
+        Raises:
+            ValueError: another number of samples.
+        """
+        frame = self.to_frame()
+        truth = torch.as_tensor(np.asarray(is_corrupt)).bool()
+        if truth.shape != (len(frame),):
+            raise ValueError(f"is_corrupt has shape {tuple(truth.shape)}, but there are {len(frame)} samples")
+        seen = torch.from_numpy((frame["visits"] > 0).to_numpy(copy=True))
+        result = {}
+        for name, score in self.scores(frame).items():
+            # ranks: binary_auroc squashes values outside [0, 1] through a sigmoid, which ties the extremes
+            ranks = torch.from_numpy(pd.Series(score).rank(pct=True).to_numpy(copy=True))
+            result[name] = float(binary_auroc(ranks[seen], truth[seen].long()))
+        return result

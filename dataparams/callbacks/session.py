@@ -1,0 +1,316 @@
+"""What the method callbacks of one trainer share during a fit: the index, the hook on the loss, the objective.
+
+The first callback to join installs it, the last to leave undoes it, after success, an exception or Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dataparams.callbacks.guard import NonFiniteGuard
+from dataparams.distributed import all_gather_rows
+from dataparams.dynamics import DynamicsTable
+from dataparams.functional.dynamics import Observation
+from dataparams.index import IndexTracker
+from dataparams.objective import FUNCTION_KINDS, MODULE_KINDS, REGRESSION_KINDS, Criterion, LossCall, Objective
+
+if TYPE_CHECKING:
+    from dataparams.callbacks.base import MethodCallback
+
+WAYS_IN = (
+    "There are three ways in: (1) give the module a loss module (self.criterion = nn.CrossEntropyLoss()) or name it with "
+    'criterion="attribute"; (2) call F.cross_entropy, F.nll_loss or another of torch\'s losses inside training_step; '
+    "(3) compute the loss with callback.loss(logits, target, index=...)."
+)
+_SESSIONS: weakref.WeakKeyDictionary[L.Trainer, Session] = weakref.WeakKeyDictionary()
+
+
+class _LossMode(TorchFunctionMode):
+    """Sends calls of torch's loss functions inside ``training_step`` through the objective."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self.session = session
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in FUNCTION_KINDS and self.session.takes(func):
+            return self.session.function_call(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _make_hooks(session: Session, criterion: Criterion) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    # Plain functions over a weak reference: a bound method would be deep-copied with the module (weight averaging does that).
+    ref = weakref.ref(session)
+
+    @torch.compiler.disable
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        session = ref()
+        if session is None or not (session.listening and module.training):
+            return None
+        return session.begin_module_call(criterion, args, kwargs)
+
+    @torch.compiler.disable
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        session = ref()
+        if session is None or not (session.listening and module.training):
+            return None
+        return session.end_module_call(output)
+
+    return before, after
+
+
+class Session:
+    """One fit of one trainer. Made by :meth:`join`; callbacks talk to it, users do not."""
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self.members: list[MethodCallback] = []
+        self.objective = Objective()
+        self.tracker = IndexTracker()
+        self.dynamics: DynamicsTable | None = None
+        self.guard = NonFiniteGuard()
+        self.active = False
+        self._trainer = weakref.ref(trainer)
+        self._handles: list[Any] = []
+        self._module_calls: list[LossCall] = []
+        self._seen: list[tuple[Tensor, Observation]] = []
+        self._functions: set[Callable[..., Any]] | None = None
+        self._used_functions: set[str] = set()
+        self._calls = 0
+        self._ever_called = False
+        self._prepared = False
+        self._criterion_name = ""
+
+    # -- members ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def join(cls, trainer: L.Trainer, member: MethodCallback) -> Session:
+        """Enter the trainer's session; the first to join patches the trainer's loader hook."""
+        session = _SESSIONS.get(trainer)
+        if session is None:
+            session = _SESSIONS[trainer] = cls(trainer)
+            session.tracker.install(trainer)
+        session.members = sorted([*session.members, member], key=lambda m: (type(m).__name__, m.state_key))
+        for name in ("index_key", "ids", "num_rows"):
+            setattr(session.tracker, name, session._agreed(name))
+        return session
+
+    def _agreed(self, name: str) -> Any:
+        given = [value for value in (getattr(member, name) for member in self.members) if value is not None]
+        if any(value is not given[0] and value != given[0] for value in given[1:]):
+            raise ValueError(f"the method callbacks of one trainer must agree on {name}; got {given}")
+        return given[0] if given else None
+
+    def leave(self, member: MethodCallback) -> None:
+        """Leave; the last one undoes everything."""
+        if member in self.members:
+            self.members.remove(member)
+        trainer = self._trainer()
+        if not self.members and trainer is not None:
+            self.close(trainer)
+
+    def close(self, trainer: L.Trainer) -> None:
+        """Undo every patch and hook."""
+        while self._handles:
+            self._handles.pop().remove()
+        trainer.strategy.__dict__.pop("training_step", None)
+        self.tracker.uninstall(trainer)
+        self.active = False
+        self.guard.drain()
+        _SESSIONS.pop(trainer, None)
+
+    # -- life cycle ------------------------------------------------------------------------------------------------
+
+    def start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """On fit start: find the criterion, put the hook on it, bracket the training step. Idempotent."""
+        if "training_step" in trainer.strategy.__dict__:
+            return
+        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+            raise ValueError("training_step(dataloader_iter) hides the batches; take (batch, batch_idx) to train with method callbacks")
+        self.objective = Objective([stage for member in self.members for stage in member.stages()])
+        self.objective.observer = self._record
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            self.objective.loss_scale = lambda: scaler.scale(torch.ones((), device=trainer.strategy.root_device))
+        self._find_criterion(module)
+
+        original = trainer.strategy.training_step
+
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            with self._listen():
+                output = original(*args, **kwargs)
+            self._check_called(output)
+            return output
+
+        trainer.strategy.training_step = training_step
+
+    def prepare(self, trainer: L.Trainer) -> None:
+        """When the training loaders are there: size the tables, or check that a reload kept the length."""
+        known = next((member.known_ids for member in self.members if member.known_ids is not None), None)
+        num_rows = self.tracker.settle(trainer.world_size, known)
+        if self._prepared:
+            return
+        self._prepared = True
+        device = trainer.strategy.root_device
+        capacity = 1024 if num_rows is None else num_rows
+        if num_rows is None or known is not None:  # ids numbered as they come: the tables were grown ahead of them
+            capacity = max([capacity, *(member.num_rows_built or 0 for member in self.members)])
+        for member in self.members:
+            member.prepare(capacity, trainer)
+        restored = next((m.dynamics for m in self.members if m.dynamics is not None), None)
+        self.dynamics = (restored or DynamicsTable(capacity)).to(device)
+        for member in self.members:
+            member.dynamics = self.dynamics
+            member.row_ids, member.base_positions = self.tracker.row_ids, self.tracker.base
+
+    # -- finding the loss ------------------------------------------------------------------------------------------
+
+    def _find_criterion(self, module: L.LightningModule) -> None:
+        wanted = self._agreed("criterion")
+        if isinstance(wanted, str):
+            try:
+                wanted = attrgetter(wanted)(module)
+            except AttributeError:
+                raise ValueError(f"criterion={wanted!r}: {type(module).__name__} has no such attribute. {WAYS_IN}") from None
+        if wanted is None:
+            wanted = self._search(module)
+        if isinstance(wanted, nn.Module):
+            name = next((f"self.{name}" for name, child in module.named_modules() if child is wanted), type(wanted).__name__)
+            criterion = Criterion.of_module(wanted, name)
+            self._criterion_name = name
+            before, after = _make_hooks(self, criterion)
+            self._handles.append(wanted.register_forward_pre_hook(before, with_kwargs=True))
+            self._handles.append(wanted.register_forward_hook(after, with_kwargs=True))
+        elif wanted is None:
+            self._functions = set(FUNCTION_KINDS)
+        elif wanted in FUNCTION_KINDS:
+            self._functions = {wanted}
+        else:
+            raise ValueError(f"criterion={wanted!r} is neither a loss module nor one of torch's loss functions. {WAYS_IN}")
+
+    def _search(self, module: L.LightningModule) -> nn.Module | None:
+        found = {name: child for name, child in module.named_modules() if isinstance(child, tuple(MODULE_KINDS))}
+        classifying = {
+            name: child for name, child in found.items() if not isinstance(child, tuple(k for k, v in MODULE_KINDS.items() if v in REGRESSION_KINDS))
+        }
+        candidates = classifying or found
+        if len(candidates) > 1:
+            names = ", ".join(f"self.{name} ({type(child).__name__})" for name, child in candidates.items())
+            raise ValueError(f'{type(module).__name__} has several loss modules: {names}; name the one that trains with criterion="..."')
+        return next(iter(candidates.values()), None)
+
+    # -- the training step -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _listen(self) -> Iterator[None]:
+        self.guard.poll()
+        self._grow()
+        self._module_calls.clear()
+        self._calls = 0
+        self.active = True
+        try:
+            with nullcontext() if self._functions is None else _LossMode(self):
+                yield
+        finally:
+            self.active = False
+
+    @property
+    def listening(self) -> bool:
+        """Inside a training step, where gradients are recorded."""
+        return self.active and torch.is_grad_enabled()
+
+    def takes(self, function: Callable[..., Any]) -> bool:
+        """Whether a call of one of torch's loss functions is the objective's."""
+        return self.listening and self._functions is not None and function in self._functions
+
+    def function_call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """An inline loss, through the objective."""
+        input = args[0] if args else kwargs["input"]
+        if not input.requires_grad:
+            return function(*args, **kwargs)
+        self._used_functions.add(f"F.{function.__name__}")
+        if len(self._used_functions) > 1:
+            raise ValueError(
+                f"training_step calls {' and '.join(sorted(self._used_functions))}; say which one carries the rows, for example "
+                "criterion=torch.nn.functional.cross_entropy"
+            )
+        index = self.tracker.index_for(input.shape[0] if input.dim() else 1, f"F.{function.__name__}")
+        return self.explicit_call(function, index, *args, **kwargs)
+
+    def explicit_call(self, function: Callable[..., Any], index: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A loss with its rows given, through the objective; hooks stay silent meanwhile."""
+        self._calls += 1
+        was_active, self.active = self.active, False
+        try:
+            return self.objective(function, index, *args, **kwargs)
+        finally:
+            self.active = was_active
+
+    def begin_module_call(self, criterion: Criterion, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the loss module's forward: its arguments, as the stages want them."""
+        names = list(kwargs)
+        values = [*args, *kwargs.values()]
+        if len(values) < 2:
+            raise ValueError(f"{criterion.name} was called with {len(values)} argument(s); a loss takes (input, target)")
+        index = self.tracker.index_for(values[0].shape[0] if values[0].dim() else 1, criterion.name)
+        self._calls += 1
+        call = self.objective.begin(criterion, values[0], values[1], index)
+        self._module_calls.append(call)
+        values[0], values[1] = call.input, call.target
+        return tuple(values[: len(args)]), dict(zip(names, values[len(args) :], strict=True))
+
+    def end_module_call(self, output: Tensor) -> Tensor:
+        """After the loss module's forward: what the user's code gets."""
+        return self.objective.end(self._module_calls.pop(), output)
+
+    def _check_called(self, output: Any) -> None:
+        if self._ever_called or self._calls or output is None:
+            self._ever_called = self._ever_called or self._calls > 0
+            return
+        what = f"{self._criterion_name} was found but training_step did not call it" if self._criterion_name else "no loss was found"
+        inline = " If the loss is computed inline, pass criterion=torch.nn.functional.cross_entropy." if self._criterion_name else ""
+        raise RuntimeError(f"{what}, so no row would ever learn.{inline} {WAYS_IN}")
+
+    def _grow(self) -> None:
+        ids, dynamics = self.tracker.row_ids, self.dynamics
+        if ids is None or dynamics is None or ids.count is None or ids.count <= dynamics.num_rows:
+            return
+        capacity = max(ids.count, 2 * dynamics.num_rows)  # doubling: amortised O(1) a sample
+        dynamics.resize(capacity)
+        for member in self.members:
+            member.resize(capacity)
+
+    # -- training dynamics -----------------------------------------------------------------------------------------
+
+    def _record(self, index: Tensor, seen: Observation) -> None:
+        self._seen.append((index, seen))
+        self.guard.submit(index, ~torch.isfinite(seen.loss) & seen.valid)
+
+    def flush(self, trainer: L.Trainer) -> None:
+        """After a batch: add what was seen, on every process the same. Only the first member's call does it."""
+        seen, self._seen = self._seen, []
+        if self.dynamics is None or (not seen and trainer.world_size == 1):
+            return
+        device = self.dynamics.sums.device
+        if not seen:
+            nothing = torch.zeros(0, device=device)
+            flag = nothing.bool()
+            seen = [(nothing.long(), Observation(nothing, nothing, nothing, flag, nothing.long(), flag))]
+        index = torch.cat([rows.to(device, non_blocking=True) for rows, _ in seen])
+        joined = Observation(*(torch.cat(column) for column in zip(*(s for _, s in seen), strict=True)))
+        if trainer.world_size > 1:
+            floats = torch.stack((joined.loss, joined.margin, joined.confidence), 1).float()
+            integers = torch.stack((index, joined.correct.long(), joined.label, joined.valid.long()), 1)
+            floats, integers = all_gather_rows(floats, integers, device=trainer.strategy.root_device)
+            index = integers[:, 0]
+            joined = Observation(*floats.unbind(1), integers[:, 1].bool(), integers[:, 2], integers[:, 3].bool())
+        self.dynamics.update(index, joined)

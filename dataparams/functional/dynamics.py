@@ -1,0 +1,92 @@
+"""Training dynamics of a batch: what each sample's prediction says about its label, before any method touches the loss.
+
+Sources: forgetting events, Toneva et al., ICLR 2019; confidence and variability, Swayamdipta et al., EMNLP 2020 ("dataset
+cartography"); averaged margin, Pleiss et al., NeurIPS 2020 ("area under the margin", AUM).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Observation(NamedTuple):
+    """One batch's view of its samples; every field has shape ``(B,)``.
+
+    Attributes:
+        loss: plain cross-entropy (or the regression loss) at temperature 1, mean over a sample's valid elements.
+        margin: target logit minus the largest other logit; NaN for regression.
+        confidence: probability of the target; NaN for regression.
+        correct: bool; the target's logit is the largest (all elements, where a sample has several).
+        label: int64 class, -1 where a sample has no single class.
+        valid: bool; False for samples without any valid element.
+    """
+
+    loss: Tensor
+    margin: Tensor
+    confidence: Tensor
+    correct: Tensor
+    label: Tensor
+    valid: Tensor
+
+
+def _mean(values: Tensor, valid: Tensor) -> Tensor:
+    return (values * valid).sum(1) / valid.sum(1).clamp(min=1)
+
+
+def classification(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Observation:
+    """Observe softmax classification.
+
+    Args:
+        logits: ``(B, C)`` or ``(B, C, d1, ...)``; log probabilities do as well.
+        target: class indices ``(B,)`` or ``(B, d1, ...)``, or probabilities shaped like ``logits`` (their mode is the label).
+        ignore_index: target value of elements that do not count.
+    """
+    if target.is_floating_point():
+        target = target.argmax(1)
+    logits = logits.detach().float()
+    single = target.dim() == 1
+    logits = logits.movedim(1, -1).flatten(1, -2) if not single else logits[:, None]  # (B, E, C)
+    target = target.reshape(target.shape[0], -1)
+    valid = target != ignore_index
+    safe = target.where(valid, torch.zeros_like(target))[..., None]
+    log_prob = F.log_softmax(logits, -1).gather(-1, safe).squeeze(-1)
+    others = logits.scatter(-1, safe, float("-inf")).amax(-1)
+    margin = logits.gather(-1, safe).squeeze(-1) - others
+    confidence = log_prob.exp()
+    if single:
+        columns = (-log_prob[:, 0], margin[:, 0], confidence[:, 0], margin[:, 0] > 0, target[:, 0], valid[:, 0])
+        return Observation(*columns)
+    label = torch.full_like(target[:, 0], -1)
+    correct = ((margin > 0) | ~valid).all(1)
+    return Observation(_mean(-log_prob, valid), _mean(margin, valid), _mean(confidence, valid), correct, label, valid.any(1))
+
+
+def binary_classification(logits: Tensor, target: Tensor) -> Observation:
+    """Observe sigmoid classification, one or many labels a sample.
+
+    Args:
+        logits: ``(B,)`` or ``(B, ...)``.
+        target: same shape, in [0, 1]; above 0.5 is positive.
+    """
+    single = logits[0].numel() == 1
+    logits = logits.detach().float().reshape(logits.shape[0], -1)
+    target = target.reshape(target.shape[0], -1).float()
+    positive = target > 0.5
+    margin = torch.where(positive, logits, -logits)
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
+    label = positive[:, 0].long() if single else torch.full_like(positive[:, 0], -1, dtype=torch.int64)
+    valid = torch.ones_like(positive[:, 0])
+    return Observation(loss, margin.mean(1), margin.sigmoid().mean(1), (margin > 0).all(1), label, valid)
+
+
+def regression(losses: Tensor) -> Observation:
+    """Observe regression from its element-wise losses, shape ``(B, ...)``."""
+    loss = losses.detach().float().reshape(losses.shape[0], -1).mean(1)
+    nothing = torch.full_like(loss, float("nan"))
+    label = torch.full_like(loss, -1, dtype=torch.int64)
+    correct = torch.zeros_like(loss, dtype=torch.bool)
+    return Observation(loss, nothing, nothing, correct, label, torch.ones_like(correct))

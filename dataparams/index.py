@@ -1,0 +1,384 @@
+"""How a sample's row number reaches the loss: through the training loader, without an edit to module or data set.
+
+The training loader is replaced, for the time of a fit, by a shallow copy whose data set and collate function carry each
+sample's position along; the position is taken off before any hook sees the batch. The user's own loader is never written
+to. Where the batch holds ids already (``index_key``), the loader is left alone and the ids are looked up.
+
+This is the only module that touches anything private in Lightning.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import RunningStage
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data._utils.pin_memory import pin_memory
+
+IndexKey = str | int | Callable[[Any], Any]
+
+
+class IndexedBatch:
+    """A batch as the user's collate function made it, and the row of each of its samples."""
+
+    def __init__(self, batch: Any, index: Tensor) -> None:
+        self.batch = batch
+        self.index = index
+
+    def pin_memory(self) -> IndexedBatch:
+        """Called by the DataLoader; the index stays on the host, where it is checked."""
+        return IndexedBatch(pin_memory(self.batch), self.index)
+
+
+class _Samples:
+    """Samples on their way from the data set to the collate function, with their positions."""
+
+    def __init__(self, index: Any, samples: Any) -> None:
+        self.index = index
+        self.samples = samples
+
+
+class IndexedDataset:
+    """The user's map-style data set, returning positions along. Everything else is the data set's own."""
+
+    def __init__(self, dataset: Any) -> None:
+        object.__setattr__(self, "_dataset", dataset)
+
+    def __getitem__(self, index: Any) -> _Samples:
+        return _Samples(index, self._dataset[index])
+
+    def __getitems__(self, index: list[Any]) -> _Samples:
+        fetch = getattr(self._dataset, "__getitems__", None)
+        return _Samples(index, fetch(index) if fetch else [self._dataset[i] for i in index])
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_dataset":  # while unpickling, before it is set
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._dataset, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_dataset": self._dataset}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        object.__setattr__(self, "_dataset", state["_dataset"])
+
+
+class IndexedCollate:
+    """The user's collate function, behind the positions.
+
+    Args:
+        collate: the loader's collate function.
+        offset: row of the loader's first sample (several loaders share one table).
+    """
+
+    def __init__(self, collate: Callable[[Any], Any], offset: int = 0) -> None:
+        self.collate = collate
+        self.offset = offset
+
+    def __call__(self, fetched: _Samples) -> IndexedBatch:
+        try:
+            index = torch.as_tensor(fetched.index)
+        except (TypeError, ValueError):
+            index = torch.empty(0)
+        if index.is_floating_point() or index.dtype == torch.bool:
+            raise TypeError(
+                f"the sampler yields {fetched.index!r:.80}, not positions in the data set; have the data set return an id and name it with "
+                "index_key="
+            )
+        return IndexedBatch(self.collate(fetched.samples), index.reshape(-1).to(torch.int64) + self.offset)
+
+
+def indexed_loader(loader: DataLoader, offset: int = 0) -> DataLoader:
+    """A copy of the loader that yields :class:`IndexedBatch`; it shares sampler, workers' settings and data set."""
+    clone = copy.copy(loader)
+    # DataLoader.__setattr__ forbids new data sets after construction; a persistent iterator would yield plain batches.
+    clone.__dict__.update(dataset=IndexedDataset(loader.dataset), collate_fn=IndexedCollate(loader.collate_fn, offset), _iterator=None)
+    return clone
+
+
+def base_positions(dataset: Any) -> list[int] | None:
+    """For a (nested) ``Subset`` the positions in the data set below it, else None."""
+    if not isinstance(dataset, Subset):
+        return None
+    below = base_positions(dataset.dataset)
+    return [below[i] if below else int(i) for i in dataset.indices]
+
+
+class RowIds:
+    """From the user's ids to rows of the tables.
+
+    Integer ids in ``[0, num_rows)`` are rows as they stand. Strings, or any ids listed in ``ids``, are looked up; ids not
+    listed anywhere get the next free row when first seen.
+
+    Args:
+        num_rows: number of rows, or None while it is not known.
+        ids: all ids, in row order.
+        growing: unlisted ids get new rows (single process only, for processes would number them differently).
+    """
+
+    def __init__(self, num_rows: int | None, ids: Sequence[Hashable] | None = None, growing: bool = False) -> None:
+        self.num_rows = num_rows if ids is None else len(ids)
+        self.rows: dict[Hashable, int] | None = None if ids is None else {name: row for row, name in enumerate(ids)}
+        if self.rows is not None and ids is not None and len(self.rows) != len(ids):
+            raise ValueError(f"ids holds {len(ids) - len(self.rows)} duplicates; every sample needs an id of its own")
+        self.listed = ids is not None
+        self.growing = growing
+
+    @property
+    def count(self) -> int | None:
+        """Number of samples known so far."""
+        return self.num_rows if self.rows is None else len(self.rows)
+
+    @property
+    def names(self) -> list[Any] | None:
+        """The ids in row order, or None where rows are the ids."""
+        return None if self.rows is None else list(self.rows)
+
+    def lookup(self, ids: Any) -> Tensor:
+        """Rows of a batch's ids.
+
+        Args:
+            ids: integer tensor, array or sequence, or a sequence of strings.
+
+        Returns:
+            int64, one row an id, on the CPU.
+
+        Raises:
+            IndexError: an integer id outside the rows.
+            KeyError: an id that is not listed.
+        """
+        values = ids if isinstance(ids, Tensor) else None
+        if values is None:
+            sequence = [ids] if isinstance(ids, (str, int)) else list(ids)
+            if self.rows is None and not any(isinstance(i, str) for i in sequence):
+                values = torch.as_tensor(sequence)
+        if values is not None and (values.is_floating_point() or values.dtype == torch.bool):
+            raise TypeError(f"ids must be integers or strings, got a tensor of {values.dtype}; is index_key right?")
+        if values is not None and self.rows is None and self.num_rows is not None:
+            return self._in_range(values.reshape(-1).to("cpu", torch.int64))
+        if values is not None:
+            sequence = values.reshape(-1).tolist()
+        return torch.tensor([self._row(i) for i in sequence], dtype=torch.int64)
+
+    def _in_range(self, values: Tensor) -> Tensor:
+        assert self.num_rows is not None
+        outside = values[(values < 0) | (values >= self.num_rows)]
+        if outside.numel():
+            raise IndexError(
+                f"id {int(outside[0])} is not a row number in [0, {self.num_rows}). If ids are not row numbers, list them all with "
+                "ids=[...]; if the data set has more samples, say so with num_rows="
+            )
+        return values
+
+    def _row(self, name: Hashable) -> int:
+        if self.rows is None:
+            self.rows = {}
+        row = self.rows.get(name)
+        if row is not None:
+            return row
+        if self.listed or not self.growing:
+            known = f"{len(self.rows)} known ids" if self.rows else "no known ids"
+            raise KeyError(
+                f"id {name!r} was never seen before: it is not among the {known}. List every training id with ids=[...]"
+                + ("" if self.listed else " (needed under several processes, which must number the rows alike)")
+            )
+        self.rows[name] = len(self.rows)
+        return self.rows[name]
+
+
+def read_ids(batch: Any, key: IndexKey) -> Any:
+    """Take the ids out of a batch.
+
+    Raises:
+        KeyError: the batch has no such key or position; the message says what it has.
+    """
+    if callable(key):
+        return key(batch)
+    try:
+        return batch[key] if not (isinstance(key, str) and not isinstance(batch, Mapping)) else getattr(batch, key)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        has = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else (
+            f"{len(batch)} positions" if isinstance(batch, (list, tuple)) else f"type {type(batch).__name__}"
+        )
+        raise KeyError(f"index_key={key!r} is not in the batch, which has {has}; give a dictionary key, a tuple position or a function") from None
+
+
+class IndexTracker:
+    """Follows samples through one trainer's training batches.
+
+    Args:
+        index_key: where the batch holds ids; None: follow positions through the loader.
+        ids: all ids, in row order.
+        num_rows: number of rows, for iterable data sets.
+    """
+
+    def __init__(
+        self,
+        index_key: IndexKey | None = None,
+        ids: Sequence[Hashable] | None = None,
+        num_rows: int | None = None,
+    ) -> None:
+        self.index_key = index_key
+        self.ids = ids
+        self.num_rows = num_rows
+        self.row_ids: RowIds | None = None
+        self.base: list[int] | None = None
+        self.current: list[Tensor] = []
+        self._lengths: list[int] = []
+        self._expected: list[int] | None = None
+        self._originals: list[Any] = []
+        self._copies: list[Any] = []
+        self._base: list[list[int] | None] = []
+        self._patched: list[tuple[Any, str]] = []
+
+    def install(self, trainer: L.Trainer) -> None:
+        """Patch the strategy's loader hook and the precision plugin's first look at a batch, on these instances only."""
+        strategy, precision = trainer.strategy, trainer.precision_plugin
+        process, convert = strategy.process_dataloader, precision.convert_input
+
+        def process_dataloader(loader: Any) -> Any:
+            loader = process(loader)
+            return self._take(loader) if trainer.state.stage == RunningStage.TRAINING else loader
+
+        def convert_input(batch: Any) -> Any:
+            return convert(self._strip(batch) if trainer.state.stage == RunningStage.TRAINING else batch)
+
+        self._patch(strategy, "process_dataloader", process_dataloader)
+        self._patch(precision, "convert_input", convert_input)
+
+    def _patch(self, owner: Any, name: str, value: Any) -> None:
+        setattr(owner, name, value)
+        self._patched.append((owner, name))
+
+    def uninstall(self, trainer: L.Trainer) -> None:
+        """Undo :meth:`install`; the trainer holds the user's own loaders again."""
+        while self._patched:
+            owner, name = self._patched.pop()
+            owner.__dict__.pop(name, None)
+        combined = trainer.fit_loop._combined_loader
+        if combined is not None:
+            own = {id(clone): loader for clone, loader in zip(self._copies, self._originals, strict=True)}
+            combined.flattened = [own.get(id(loader), loader) for loader in combined.flattened]
+        self._copies.clear()
+        self._originals.clear()
+        self.current = []
+
+    # -- loaders ---------------------------------------------------------------------------------------------------
+
+    def _take(self, loader: Any) -> Any:
+        if self.index_key is not None:
+            dataset = getattr(loader, "dataset", None)
+            sized = dataset is not None and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+            self._lengths.append(len(dataset) if sized else -1)  # type: ignore[arg-type]
+            self._base.append(None)
+            return loader
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            if self.num_rows is not None:  # every loss is computed with an explicit index
+                return loader
+            what = "an iterable data set" if isinstance(loader, DataLoader) else f"a {type(loader).__name__}"
+            raise ValueError(
+                f"the training loader reads from {what}, whose samples have no positions. Have it yield an id with each sample and name it "
+                "with index_key= (dictionary key, tuple position or function), or compute the loss with callback.loss(logits, target, "
+                "index=...) and give num_rows="
+            )
+        clone = indexed_loader(loader, offset=sum(self._lengths))
+        self._originals.append(loader)
+        self._copies.append(clone)
+        self._lengths.append(len(loader.dataset))  # type: ignore[arg-type]
+        self._base.append(base_positions(loader.dataset))
+        return clone
+
+    def settle(self, world_size: int, known: list[Any] | None = None) -> int | None:
+        """Called when all training loaders are there: fixes the number of rows.
+
+        Args:
+            world_size: number of processes.
+            known: ids in row order from a checkpoint, for ids that were numbered as they came.
+
+        Returns:
+            The number of rows, or None where ids are numbered as they come.
+
+        Raises:
+            ValueError: the loaders have changed length since the fit began.
+        """
+        lengths, self._lengths = self._lengths, []
+        bases, self._base = self._base, []
+        if self._expected is not None:
+            if lengths and lengths != self._expected:
+                raise ValueError(
+                    f"the training data had {self._expected} samples and has {lengths} after reloading; rows would meet other samples. "
+                    "Keep the data set's length, or give every sample an id with index_key= and ids="
+                )
+            return self.row_ids.num_rows if self.row_ids else None
+        self._expected = lengths
+        if len(bases) == 1:
+            self.base = bases[0]
+        length = sum(lengths) if lengths and min(lengths) >= 0 else None
+        num_rows = self.num_rows if self.num_rows is not None else length
+        if self.ids is not None:
+            self.row_ids = RowIds(None, self.ids)
+        elif known is not None:
+            self.row_ids = RowIds(None, known)
+            self.row_ids.listed = False
+            self.row_ids.growing = world_size == 1
+        else:
+            self.row_ids = RowIds(num_rows, growing=world_size == 1)
+        return self.row_ids.num_rows
+
+    # -- batches ---------------------------------------------------------------------------------------------------
+
+    def _strip(self, batch: Any) -> Any:
+        assert self.row_ids is not None
+        self.current = []
+        if self.index_key is not None:
+            if batch is not None:
+                self.current.append(self.row_ids.lookup(read_ids(batch, self.index_key)))
+            return batch
+
+        def take_off(indexed: IndexedBatch) -> Any:
+            self.current.append(indexed.index)
+            return indexed.batch
+
+        return apply_to_collection(batch, IndexedBatch, take_off)
+
+    def index_for(self, batch_size: int, name: str) -> Tensor:
+        """Rows of the samples that the criterion was called with.
+
+        With several loaders the batch may be theirs joined, in the loaders' order, or one of theirs, where the sizes tell.
+
+        Raises:
+            ValueError: none fits.
+        """
+        chunks = self.current
+        if not chunks:
+            raise ValueError(
+                f"{name} was called, but no row numbers are known for this batch; name the ids with index_key=, or use callback.loss(..., index=)"
+            )
+        if sum(len(chunk) for chunk in chunks) == batch_size or len(chunks) == 1:
+            return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+        fitting = [chunk for chunk in chunks if len(chunk) == batch_size]
+        if len(fitting) == 1:
+            return fitting[0]
+        raise ValueError(
+            f"{name} was called with {batch_size} samples, which is not one of the batches of {[len(c) for c in chunks]} that the "
+            f"{len(chunks)} training loaders gave (or several are alike); compute the loss with callback.loss(logits, target, index=...)"
+        )
+
+
+def rows_of(ids: Iterable[Any], row_ids: RowIds | None) -> Tensor:
+    """Rows for an explicit index: a tensor of rows, or ids where the fit knows ids."""
+    if row_ids is None:
+        return torch.as_tensor(ids).reshape(-1)
+    return row_ids.lookup(ids)

@@ -1,0 +1,290 @@
+"""The one place where methods meet the loss: the user's criterion, called once, with stages before and after it.
+
+logits and targets -> stages that scale logits -> stages that replace targets -> the user's own criterion -> stages that
+replace per-element losses. The user's function computes the loss whatever the method, so that with every stage at its
+initial value the result equals the user's own bit for bit, in value and gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dataparams.functional import dynamics as observe
+from dataparams.functional.dynamics import Observation
+from dataparams.tables import ParameterTable, Visit
+
+FUNCTION_KINDS: dict[Callable[..., Tensor], str] = {
+    F.cross_entropy: "cross_entropy",
+    F.nll_loss: "nll",
+    F.binary_cross_entropy_with_logits: "bce",
+    F.mse_loss: "mse",
+    F.l1_loss: "l1",
+    F.smooth_l1_loss: "smooth_l1",
+    F.huber_loss: "huber",
+}
+MODULE_KINDS: dict[type[nn.Module], str] = {
+    nn.CrossEntropyLoss: "cross_entropy",
+    nn.NLLLoss: "nll",
+    nn.BCEWithLogitsLoss: "bce",
+    nn.MSELoss: "mse",
+    nn.L1Loss: "l1",
+    nn.SmoothL1Loss: "smooth_l1",
+    nn.HuberLoss: "huber",
+}
+SOFTMAX_KINDS = ("cross_entropy", "nll", "custom")
+REGRESSION_KINDS = ("mse", "l1", "smooth_l1", "huber")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What the objective needs to know of the user's loss.
+
+    Attributes:
+        kind: one of the values of ``FUNCTION_KINDS``, or ``"custom"`` for a loss of the user's over logits.
+        name: as the user would write it, for messages.
+        elementwise: ``(input, target) -> losses`` without reduction, options (class weights, ...) as the user's.
+        reduction: ``"mean" | "sum" | "none"``.
+        ignore_index: of a softmax loss.
+        weight: class weights of a softmax loss; its mean divides by their sum.
+        smoothing: label smoothing of the user's own.
+    """
+
+    kind: str
+    name: str
+    elementwise: Callable[[Tensor, Tensor], Tensor]
+    reduction: str = "mean"
+    ignore_index: int = -100
+    weight: Tensor | None = None
+    smoothing: float = 0.0
+
+    @classmethod
+    def of_module(cls, module: nn.Module, name: str) -> Criterion:
+        """Describe a loss module.
+
+        Raises:
+            ValueError: the module has no ``reduction`` of ``"mean" | "sum" | "none"``.
+        """
+        inner = getattr(module, "_orig_mod", module)  # torch.compile wraps a module
+        kind = next((kind for base, kind in MODULE_KINDS.items() if isinstance(inner, base)), "custom")
+        reduction = getattr(inner, "reduction", None)
+        if reduction not in REDUCTIONS:
+            raise ValueError(
+                f"the loss module {name} ({type(inner).__name__}) has reduction={reduction!r}; it must be 'mean', 'sum' or 'none', "
+                "because a sample's own share of the loss cannot be told otherwise. Give it such an attribute, or compute the loss "
+                "through the callback: callback.loss(logits, target, index=...)"
+            )
+
+        def elementwise(input: Tensor, target: Tensor) -> Tensor:
+            clone = copy.copy(inner)
+            clone.reduction = "none"
+            return clone.forward(input, target)
+
+        return cls(
+            kind,
+            name,
+            elementwise,
+            str(reduction),
+            getattr(inner, "ignore_index", -100),
+            getattr(inner, "weight", None) if kind in ("cross_entropy", "nll") else None,
+            getattr(inner, "label_smoothing", 0.0),
+        )
+
+    @classmethod
+    def of_call(cls, function: Callable[..., Tensor], options: dict[str, Any]) -> Criterion:
+        """Describe a call of one of torch's loss functions; ``options`` are its arguments besides input and target.
+
+        Raises:
+            ValueError: a reduction given through the deprecated ``size_average`` / ``reduce``.
+        """
+        name = f"F.{function.__name__}"
+        if options.get("size_average") is not None or options.get("reduce") is not None:
+            raise ValueError(f"{name} was called with the deprecated size_average/reduce; use reduction='mean'|'sum'|'none'")
+
+        def elementwise(input: Tensor, target: Tensor) -> Tensor:
+            return function(input, target, **{**options, "reduction": "none"})
+
+        return cls(
+            FUNCTION_KINDS[function],
+            name,
+            elementwise,
+            options.get("reduction", "mean"),
+            options.get("ignore_index", -100),
+            options.get("weight") if FUNCTION_KINDS[function] in ("cross_entropy", "nll") else None,
+            options.get("label_smoothing", 0.0),
+        )
+
+
+@dataclass
+class LossCall:
+    """One call of the criterion on its way through the stages. Stages read and replace ``input``, ``target``, ``losses``.
+
+    Attributes:
+        criterion: the user's.
+        input: logits, log probabilities or predictions, ``(B, ...)``.
+        target: as the user gave it.
+        index: rows of the batch's samples, ``(B,)`` int64, on the CPU where the loader made it.
+        valid: bool ``(B,)``; samples with at least one element that counts.
+        losses: per-element losses that replace the criterion's output, or None while it stands.
+        log_terms: ``(B,)`` terms added to each instance's loss (the log sigma of a noise scale).
+        visits: visits of instance rows made for this call; their gradient is read per instance when asked for.
+    """
+
+    criterion: Criterion
+    input: Tensor
+    target: Tensor
+    index: Tensor
+    valid: Tensor
+    losses: Tensor | None = None
+    log_terms: list[Tensor] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)
+
+    def rows(self, table: ParameterTable) -> Tensor:
+        """The batch's rows of an instance table, as a leaf ``(B, *row_shape)`` on the logits' device."""
+        return self.visit(table, self.index, self.valid)
+
+    def visit(self, table: ParameterTable, index: Tensor, valid: Tensor | None) -> Tensor:
+        """Rows of any table (a class table, say), with the call's reading of gradients per instance."""
+        rows = table.rows(index, device=self.input.device, valid=valid)
+        if rows.requires_grad:
+            self.visits.append(table.pending[-1])
+        return rows
+
+    def elementwise(self) -> Tensor:
+        """The current per-element losses."""
+        return self.criterion.elementwise(self.input, self.target) if self.losses is None else self.losses
+
+    def reduce(self, losses: Tensor) -> Tensor:
+        """Reduce per-element losses as the user's criterion does: its mean divides by the class weights it applied."""
+        if self.criterion.reduction == "none":
+            return losses
+        if self.criterion.reduction == "sum" or self.target.is_floating_point() or self.criterion.kind not in ("cross_entropy", "nll"):
+            return losses.sum() if self.criterion.reduction == "sum" else losses.mean()
+        counted = self.target != self.criterion.ignore_index
+        if self.criterion.weight is None:
+            return losses.sum() / counted.sum()
+        weights = self.criterion.weight[self.target.where(counted, torch.zeros_like(self.target))]
+        return losses.sum() / (weights * counted).sum()
+
+    def finish(self, output: Tensor, loss_scale: Callable[[], Tensor] | None) -> Tensor:
+        """The value that the user's code receives in place of the criterion's ``output``."""
+        if self.losses is not None:
+            output = self.reduce(self.losses)
+        for term in self.log_terms:
+            output = output + self._reduce_instances(term, output)
+        if self.visits and output.requires_grad:
+            visits, valid, mean = self.visits, self.valid, self.criterion.reduction == "mean"
+
+            def read_scale(upstream: Tensor) -> None:
+                # d total / d loss holds accumulation, loss weights and the GradScaler's factor, which must not change a
+                # row's rate per visit. The scaler's factor stays: the row optimizer is unscaled like any other.
+                if upstream.dim():
+                    share = upstream.reshape(valid.shape[0], -1).sum(1)
+                else:
+                    share = upstream / valid.sum() if mean else upstream
+                scale = torch.where(share == 0, torch.zeros_like(share), 1 / share).float()
+                for visit in visits:
+                    factor = scale if loss_scale is None else scale * loss_scale()
+                    visit.scale = factor if not factor.dim() else factor.reshape(factor.shape + (1,) * (visit.index.dim() - 1))
+
+            output.register_hook(read_scale)
+        return output
+
+    def _reduce_instances(self, term: Tensor, output: Tensor) -> Tensor:
+        if self.criterion.reduction == "none":
+            return term.reshape(term.shape + (1,) * (output.dim() - term.dim()))
+        return term.mean() if self.criterion.reduction == "mean" else term.sum() * (self.input.numel() / term.numel())
+
+    def observe(self) -> Observation:
+        """Training dynamics of the call, from what the user's model and data gave: call it before the stages."""
+        kind = self.criterion.kind
+        if kind == "bce":
+            return observe.binary_classification(self.input, self.target)
+        softmax_like = self.input.dim() > 1 and (
+            self.target.shape == self.input.shape
+            if self.target.is_floating_point()
+            else self.target.dim() == self.input.dim() - 1
+        )
+        if kind in SOFTMAX_KINDS and softmax_like:
+            return observe.classification(self.input, self.target, self.criterion.ignore_index)
+        with torch.no_grad():
+            return observe.regression(self.criterion.elementwise(self.input, self.target))
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """A method's part in the loss. ``position``: 1 scales logits, 2 replaces targets, 3 replaces per-element losses."""
+
+    position: int
+
+    def before(self, call: LossCall) -> None:
+        """Replace ``call.input`` or ``call.target``, add log terms."""
+
+    def after(self, call: LossCall) -> None:
+        """Replace ``call.losses``."""
+
+
+class Objective:
+    """Runs the stages around the user's criterion.
+
+    Args:
+        stages: in any order; they run by position, then by name, so that the order of callbacks does not matter.
+
+    Attributes:
+        loss_scale: returns the GradScaler's current factor as a tensor, or None.
+        observer: called with ``(index, observation)`` for every call.
+    """
+
+    def __init__(self, stages: Iterable[Stage] = ()) -> None:
+        self.stages = sorted(stages, key=lambda stage: (stage.position, type(stage).__name__))
+        self.loss_scale: Callable[[], Tensor] | None = None
+        self.observer: Callable[[Tensor, Observation], None] | None = None
+
+    def begin(self, criterion: Criterion, input: Tensor, target: Tensor, index: Tensor) -> LossCall:
+        """Start a call: observe, then run the stages that come before the criterion.
+
+        Args:
+            criterion: the user's.
+            input: ``(B, ...)``; a single unbatched sample ``(C,)`` counts as a batch of one for its row only.
+            target: as the criterion takes it.
+            index: ``(B,)`` int64.
+
+        Raises:
+            ValueError: ``index`` and ``input`` disagree about the number of samples.
+        """
+        if index.numel() != (input.shape[0] if input.dim() else 1):
+            raise ValueError(
+                f"{criterion.name} was called with {input.shape[0] if input.dim() else 1} samples, but the batch has {index.numel()}. If "
+                "the collate function drops samples, the data set makes several samples of one, or logits are flattened, compute the "
+                "loss through the callback, which takes the rows: callback.loss(logits, target, index=...)"
+            )
+        call = LossCall(criterion, input, target, index, torch.ones(input.shape[:1], dtype=torch.bool, device=input.device))
+        with torch.no_grad():
+            seen = call.observe()
+        call.valid = seen.valid
+        if self.observer is not None:
+            self.observer(index, seen)
+        for stage in self.stages:
+            stage.before(call)
+        return call
+
+    def end(self, call: LossCall, output: Tensor) -> Tensor:
+        """Finish a call: the stages after the criterion, and its output as the user's code will see it."""
+        for stage in self.stages:
+            stage.after(call)
+        return call.finish(output, self.loss_scale)
+
+    def __call__(self, function: Callable[..., Tensor], index: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Call one of torch's loss functions through the stages: ``objective(F.cross_entropy, index, logits, target)``."""
+        bound = inspect.signature(function).bind(*args, **kwargs).arguments
+        input, target = bound.pop("input"), bound.pop("target")
+        call = self.begin(Criterion.of_call(function, bound), input, target, index)
+        return self.end(call, function(call.input, call.target, **bound))

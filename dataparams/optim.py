@@ -1,0 +1,427 @@
+"""Row-sparse optimizers for parameter tables, and the wrapper that puts them next to a model's optimizer.
+
+Only visited rows move: momentum advances, decay pulls and bounds clamp when a row is visited and at no other time.
+A row whose gradient is exactly zero was still visited. Duplicated rows are combined first and stepped once.
+
+Source of the update rule: Saxena et al., NeurIPS 2019, released code (``SparseSGD``: momentum 0.9 without dampening,
+clamping after the step). Theirs clones the whole table twice a step; here a step reads and writes the batch's rows only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dataparams.tables import ParameterTable, Visit
+
+GradScale = Literal["mean", "instance"]
+Duplicates = Literal["sum", "mean"]
+# Called with (index (V,), gradient (V, *row_shape), valid (V,)) of this process; returns those of all processes, in rank order.
+Gather = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def segments(index: Tensor) -> Tensor:
+    """Number the distinct values of ``index`` 0, 1, ...: equal entries get equal numbers.
+
+    ``torch.unique`` would do, but the size of its result is known only after a host-device synchronisation.
+
+    Args:
+        index: ``(V,)`` int64.
+
+    Returns:
+        ``(V,)`` int64 in ``[0, V)``.
+    """
+    ordered, order = torch.sort(index)
+    numbers = torch.zeros_like(index)
+    numbers[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+    return torch.empty_like(index).scatter_(0, order, numbers)
+
+
+def segment_sum(segment: Tensor, values: Tensor) -> Tensor:
+    """For each entry the sum of ``values`` over the entries of its segment; deterministic on every device.
+
+    Args:
+        segment: ``(V,)`` from :func:`segments`.
+        values: ``(V, ...)``.
+    """
+    total = torch.zeros_like(values)
+    if values.device.type == "cpu":
+        total.index_add_(0, segment, values)
+    else:  # index_add_ adds in any order on CUDA, index_put_ sorts first: ranks must agree bit for bit
+        total.index_put_((segment,), values, accumulate=True)
+    return total[segment]
+
+
+def _broadcast(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.reshape(mask.shape + (1,) * (like.dim() - mask.dim()))
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """What :class:`RowSGD` and :class:`RowAdam` share: collecting visits, combining duplicates, guarding, writing back.
+
+    ``param_groups`` holds one group a table, with the leaves that wait for a step as ``params``: ``GradScaler`` and
+    learning-rate schedulers work as on any optimizer.
+
+    Attributes:
+        gather: under several processes, a function that returns all processes' visits, so that each applies the same
+            update and the tables stay identical. None: this process only.
+        world_size: number of processes; a ``"mean"`` gradient is divided by it.
+        skipped_steps: int64 tensor on the tables' device; steps not taken because a gradient was not finite.
+    """
+
+    def __init__(
+        self,
+        tables: Iterable[ParameterTable],
+        defaults: dict[str, Any],
+        grad_scale: GradScale,
+        duplicates: Duplicates,
+    ) -> None:
+        self.tables = [tables] if isinstance(tables, ParameterTable) else list(tables)
+        if not self.tables:
+            raise ValueError(f"{type(self).__name__} needs at least one ParameterTable")
+        for table in self.tables:
+            if not isinstance(table, ParameterTable):
+                raise TypeError(f"{type(self).__name__} takes ParameterTables, got {type(table).__name__}")
+        if not defaults["lr"] >= 0:
+            raise ValueError(f"lr must be at least 0, got {defaults['lr']}")
+        if not defaults["weight_decay"] >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {defaults['weight_decay']}")
+        if grad_scale not in ("mean", "instance"):
+            raise ValueError(f"grad_scale must be 'mean' or 'instance', got {grad_scale!r}")
+        if duplicates not in ("sum", "mean"):
+            raise ValueError(f"duplicates must be 'sum' or 'mean', got {duplicates!r}")
+        self.grad_scale: GradScale = grad_scale
+        self.duplicates: Duplicates = duplicates
+        self.gather: Gather | None = None
+        self.world_size = 1
+        self._groups: list[dict[str, Any]] = []
+        super().__init__([{"params": []} for _ in self.tables], defaults)
+        self.row_state: list[dict[str, Tensor]] = [self._new_state(table) for table in self.tables]
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.tables[0].values.device)
+
+    # -- what a rule defines ---------------------------------------------------------------------------------------
+
+    def _new_state(self, table: ParameterTable) -> dict[str, Tensor]:
+        raise NotImplementedError(type(self).__name__)
+
+    def _update(self, state: dict[str, Tensor], grad: Tensor, group: dict[str, Any]) -> Tensor:
+        """Advance the visited rows' state in place; return what to subtract from the rows."""
+        raise NotImplementedError(type(self).__name__)
+
+    # -- torch.optim.Optimizer -------------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """One group a table; ``params`` are the leaves that back-propagation has reached since the last step."""
+        for group, table in zip(self._groups, self.tables, strict=False):  # shorter while __init__ fills it
+            group["params"] = [visit.leaf for visit in table.visited()]
+        return self._groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._groups = groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients that wait for a step. Rows gathered but not yet back-propagated are kept."""
+        for table in self.tables:
+            table.pending = [visit for visit in table.pending if visit.leaf.grad is None]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the rows visited since the last step, then forget the visits.
+
+        A step with a gradient that is not finite changes nothing (and is counted in ``skipped_steps``); the check stays
+        on the device.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for table, state, group in zip(self.tables, self.row_state, self._groups, strict=True):
+            visits = table.visited()
+            table.pending.clear()
+            if visits or self.gather is not None:
+                self._step_table(table, state, group, visits)
+        return loss
+
+    def _step_table(self, table: ParameterTable, state: dict[str, Tensor], group: dict[str, Any], visits: list[Visit]) -> None:
+        index, grad, valid = self._collect(table, visits)
+        if self.gather is not None:
+            index, grad, valid = self.gather(index, grad, valid)
+        if not index.numel():
+            return
+        segment = segments(index)
+        counts = segment_sum(segment, valid.to(grad.dtype))
+        grad = segment_sum(segment, grad * _broadcast(valid, grad))
+        if self.duplicates == "mean":
+            grad = grad / _broadcast(counts.clamp(min=1), grad)
+        rows = table.values[index].to(grad.dtype)
+        if group["weight_decay"]:
+            times = counts if self.duplicates == "sum" else counts.clamp(max=1)
+            grad = grad + group["weight_decay"] * _broadcast(times, grad) * rows
+        finite = torch.isfinite(grad).all()
+        self.skipped_steps += (~finite).to(self.skipped_steps)
+        write = _broadcast((counts > 0) & finite, grad)
+
+        visited_state = {name: buffer[index] for name, buffer in state.items()}
+        new_state = {name: value.clone() for name, value in visited_state.items()}
+        new_rows = rows - self._update(new_state, grad, group)
+        if table.bounds is not None:
+            new_rows = new_rows.clamp(*table.bounds)
+        # Entries of one segment hold the same result, so it does not matter which of the duplicated writes comes last.
+        table.values[index] = torch.where(write, new_rows, rows).to(table.values.dtype)
+        for name, buffer in state.items():
+            mask = write if buffer.dim() == grad.dim() else (counts > 0) & finite
+            buffer[index] = torch.where(mask, new_state[name], visited_state[name])
+
+    def _collect(self, table: ParameterTable, visits: list[Visit]) -> tuple[Tensor, Tensor, Tensor]:
+        device = table.values.device
+        indices, grads, valids = [], [], []
+        for visit in visits:
+            assert visit.leaf.grad is not None
+            grad = visit.leaf.grad
+            if self.grad_scale == "instance":
+                scale = visit.index.numel() if visit.scale is None else visit.scale
+                grad = grad * (_broadcast(scale, grad) if isinstance(scale, Tensor) and scale.dim() else scale)
+            elif self.world_size > 1:
+                grad = grad / self.world_size
+            valid = torch.ones_like(visit.index, dtype=torch.bool) if visit.valid is None else visit.valid
+            indices.append(visit.index.reshape(-1))
+            grads.append(grad.reshape(-1, *table.row_shape).to(device))
+            valids.append(valid.reshape(-1).to(device))
+        if not indices:
+            empty = torch.zeros((0, *table.row_shape), dtype=torch.promote_types(table.values.dtype, torch.float32), device=device)
+            return torch.zeros(0, dtype=torch.int64, device=device), empty, torch.zeros(0, dtype=torch.bool, device=device)
+        if len(indices) == 1:
+            return indices[0], grads[0], valids[0]
+        return torch.cat(indices), torch.cat(grads), torch.cat(valids)
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"state": [one dict of tensors a table], "param_groups": [hyperparameters]}``. The tables save their own values."""
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self._groups]
+        return {"state": [dict(state) for state in self.row_state], "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Copy state in.
+
+        Raises:
+            ValueError: another number of tables, or tables of another shape.
+        """
+        if len(state_dict["state"]) != len(self.tables):
+            raise ValueError(f"the saved state is for {len(state_dict['state'])} tables, this optimizer has {len(self.tables)}")
+        for saved, state in zip(state_dict["state"], self.row_state, strict=True):
+            for name, buffer in state.items():
+                if saved[name].shape != buffer.shape:
+                    raise ValueError(
+                        f"the saved {name} has shape {tuple(saved[name].shape)}, this one {tuple(buffer.shape)}: "
+                        "has the data set changed?"
+                    )
+                buffer.copy_(saved[name])
+        for saved, group in zip(state_dict["param_groups"], self._groups, strict=True):
+            group.update(saved)
+
+    def to(self, device: torch.device | str) -> RowOptimizer:
+        """Follow the tables to a device: call after ``table.to(device)``."""
+        for table, state in zip(self.tables, self.row_state, strict=True):
+            for name in state:
+                state[name] = state[name].to(table.values.device)
+        self.skipped_steps = self.skipped_steps.to(self.tables[0].values.device)
+        return self
+
+    def resize(self) -> RowOptimizer:
+        """Follow tables that have grown: call after ``table.resize(n)``; new rows start with fresh state."""
+        for table, state, fresh in zip(self.tables, self.row_state, map(self._new_state, self.tables), strict=True):
+            for name, old in state.items():
+                fresh[name][: len(old)] = old
+                state[name] = fresh[name]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "step"}  # a scheduler's patch
+
+
+class RowSGD(RowOptimizer):
+    """Stochastic gradient descent on visited rows, with momentum that advances on visits.
+
+    m_i <- momentum * m_i + g_i + weight_decay * n_i * t_i ;  t_i <- clamp(t_i - lr * m_i), with n_i the times the row occurs
+    in the batch.
+
+    Args:
+        tables: the tables.
+        lr: learning rate, at least 0.
+        momentum: in [0, 1).
+        weight_decay: pull towards 0 on visits, at least 0.
+        grad_scale: ``"mean"`` takes the gradient as it is, the paper's choice: with a mean loss a row's step shrinks with the
+            batch size. ``"instance"`` undoes the mean, so that ``lr`` is a rate per visit.
+        duplicates: rows that occur several times in a batch are combined by ``"sum"`` or ``"mean"``, then stepped once.
+    """
+
+    def __init__(
+        self,
+        tables: Iterable[ParameterTable],
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        grad_scale: GradScale = "mean",
+        duplicates: Duplicates = "sum",
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        self._has_momentum = momentum > 0
+        super().__init__(tables, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, grad_scale, duplicates)
+
+    def _new_state(self, table: ParameterTable) -> dict[str, Tensor]:
+        return {"momentum": table.new_buffer(torch.float32, suffix=".momentum")} if self._has_momentum else {}
+
+    def _update(self, state: dict[str, Tensor], grad: Tensor, group: dict[str, Any]) -> Tensor:
+        if not self._has_momentum:
+            return group["lr"] * grad
+        state["momentum"].mul_(group["momentum"]).add_(grad)
+        return group["lr"] * state["momentum"]
+
+
+class RowAdam(RowOptimizer):
+    """Adam on visited rows; each row counts its own visits for the bias correction.
+
+    Source: Kingma and Ba, ICLR 2015, Algorithm 1, with t the number of visits of the row ("lazy" Adam).
+
+    Args:
+        tables: the tables.
+        lr: learning rate, at least 0.
+        betas: decay of the first and second moment, each in [0, 1).
+        eps: added to the root of the second moment, positive.
+        weight_decay: pull towards 0 on visits, added to the gradient.
+        grad_scale: see :class:`RowSGD`; it matters little here, for Adam divides by the gradient's own scale.
+        duplicates: see :class:`RowSGD`.
+    """
+
+    def __init__(
+        self,
+        tables: Iterable[ParameterTable],
+        lr: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        grad_scale: GradScale = "mean",
+        duplicates: Duplicates = "sum",
+    ) -> None:
+        if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
+            raise ValueError(f"betas must be in [0, 1), got {tuple(betas)}")
+        if not eps > 0:
+            raise ValueError(f"eps must be positive, got {eps}")
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(tables, defaults, grad_scale, duplicates)
+
+    def _new_state(self, table: ParameterTable) -> dict[str, Tensor]:
+        return {
+            "first_moment": table.new_buffer(torch.float32, suffix=".first_moment"),
+            "second_moment": table.new_buffer(torch.float32, suffix=".second_moment"),
+            "steps": table.new_buffer(torch.float32, suffix=".steps", row_shape=()),
+        }
+
+    def _update(self, state: dict[str, Tensor], grad: Tensor, group: dict[str, Any]) -> Tensor:
+        beta1, beta2 = group["betas"]
+        state["steps"].add_(1)
+        state["first_moment"].mul_(beta1).add_(grad, alpha=1 - beta1)
+        state["second_moment"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        steps = _broadcast(state["steps"], grad)
+        first = state["first_moment"] / (1 - beta1**steps)
+        second = state["second_moment"] / (1 - beta2**steps)
+        return group["lr"] * first / (second.sqrt() + group["eps"])
+
+
+class DataParameterOptimizer(torch.optim.Optimizer):
+    """A model's optimizer and its tables' row optimizer, stepped as one.
+
+    Learning-rate schedulers see the model's groups only (the rows' rate is constant, as in the paper); ``GradScaler``
+    unscales and checks both. ``state_dict`` holds the model's optimizer, the row optimizer and the tables themselves.
+
+    Args:
+        optimizer: the model's optimizer.
+        tables: tables to train beside it, or a ready :class:`RowSGD` / :class:`RowAdam`.
+        **row_options: for the :class:`RowSGD` that is made when tables are given: ``lr``, ``momentum``, ``weight_decay``,
+            ``grad_scale``, ``duplicates``.
+
+    Example:
+        >>> model, table = torch.nn.Linear(2, 3), ParameterTable(10)
+        >>> optimizer = DataParameterOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), [table], lr=0.2)
+        >>> x, y, index = torch.randn(4, 2), torch.tensor([0, 1, 2, 0]), torch.tensor([5, 1, 7, 2])
+        >>> sigma = table.rows(index).exp()
+        >>> torch.nn.functional.cross_entropy(model(x) / sigma[:, None], y).backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        tables: Iterable[ParameterTable] | RowOptimizer,
+        **row_options: Any,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if isinstance(tables, RowOptimizer) and row_options:
+            raise ValueError(f"{sorted(row_options)} belong to the row optimizer; set them where you make it")
+        self.optimizer = optimizer
+        self.rows = tables if isinstance(tables, RowOptimizer) else RowSGD(tables, **row_options)
+        self._ready = False
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._ready = True
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The model's groups, the very same dictionaries; while rows wait for a step, followed by the rows' groups."""
+        waiting = self._ready and any(table.visited() for table in self.rows.tables)
+        return self.optimizer.param_groups + (self.rows.param_groups if waiting else [])
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        pass  # torch's constructor assigns an empty list; the groups are the wrapped optimizer's
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        pass
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the model's optimizer."""
+        if self._ready:  # torch's constructor adds the groups that are there already
+            self.optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the model's parameters and of the rows."""
+        self.optimizer.zero_grad(set_to_none)
+        self.rows.zero_grad()
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+        """Step the model, then the rows, on the gradients of the same backward pass."""
+        loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        self.rows.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"optimizer", "rows", "tables"}``: tensors and plain types only."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "rows": self.rows.state_dict(),
+            "tables": [table.state_dict() for table in self.rows.tables],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Restore the model's optimizer, the row optimizer and the tables' values."""
+        self.rows.load_state_dict(state_dict["rows"])
+        for table, state in zip(self.rows.tables, state_dict["tables"], strict=True):
+            table.load_state_dict(state)
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "step"}  # a scheduler's patch

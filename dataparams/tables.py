@@ -1,0 +1,237 @@
+"""Tables of learnable rows: one row per sample, class or task.
+
+A table is not an ``nn.Parameter``: a batch gathers its rows into a small dense leaf, the loss is differentiated through
+that leaf, and a row optimizer (:mod:`dataparams.optim`) writes the visited rows back. The cost of a step therefore
+depends on the batch and never on the number of rows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor
+
+Storage = Literal["device", "pinned", "mmap"]
+
+
+@dataclass(eq=False)
+class Visit:
+    """Rows gathered once: where they came from, the leaf that gets the gradient, and how to read that gradient.
+
+    Attributes:
+        index: rows visited, int64, any shape ``S``.
+        leaf: their values, shape ``(*S, *row_shape)``; ``leaf.grad`` is filled by back-propagation.
+        valid: bool, shape ``S``; False marks elements that carry no loss (padding, a missing label). None: all count.
+        scale: factor, broadcastable to ``S``, from ``leaf.grad`` to the gradient of the samples' own losses, for
+            ``grad_scale="instance"``. None: the number of rows gathered, which undoes a mean over them.
+    """
+
+    index: Tensor
+    leaf: Tensor
+    valid: Tensor | None = None
+    scale: Tensor | None = None
+
+
+class ParameterTable:
+    """Learnable rows, updated only where they are visited.
+
+    Args:
+        num_rows: number of rows N, at least 1.
+        row_shape: shape of one row; ``()`` for a scalar.
+        init: initial value of every entry.
+        bounds: ``(low, high)``; visited rows are clamped to it after every step. None: unbounded.
+        dtype: storage type; half-precision rows are gathered as float32.
+        device: where the values live (``storage="device"`` only). Default: CPU.
+        storage: ``"device"``, ``"pinned"`` (page-locked host memory, for tables larger than the accelerator's memory) or
+            ``"mmap"`` (a memory-mapped file, for tables larger than the host's memory). With the last two a step copies
+            the batch's rows between host and accelerator.
+        path: file of a memory-mapped table; it is created, and overwritten where it exists.
+
+    Raises:
+        ValueError: no rows, empty bounds, an ``init`` outside the bounds, or a storage option that contradicts another.
+        MemoryError: the table does not fit; the message states its size and what to do.
+
+    Example:
+        >>> table = ParameterTable(1000)
+        >>> rows = table.rows(torch.tensor([3, 7]))  # leaf of shape (2,)
+        >>> rows.requires_grad
+        True
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        row_shape: tuple[int, ...] = (),
+        init: float = 0.0,
+        bounds: tuple[float, float] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        storage: Storage = "device",
+        path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if num_rows < 1:
+            raise ValueError(f"a table needs at least one row, got num_rows={num_rows}")
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise ValueError(f"bounds must be (low, high) with low < high, got {tuple(bounds)}")
+        if bounds is not None and not bounds[0] <= init <= bounds[1]:
+            raise ValueError(f"init={init:g} lies outside bounds=({bounds[0]:g}, {bounds[1]:g}); widen the bounds or move init")
+        if not math.isfinite(init):
+            raise ValueError(f"init must be finite, got {init}")
+        if storage not in ("device", "pinned", "mmap"):
+            raise ValueError(f"storage must be 'device', 'pinned' or 'mmap', got {storage!r}")
+        if (storage == "mmap") != (path is not None):
+            raise ValueError("storage='mmap' and path=FILE go together: give both or neither")
+        self.num_rows = int(num_rows)
+        self.row_shape = tuple(int(n) for n in row_shape)
+        self.init = float(init)
+        self.bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
+        self.storage: Storage = storage
+        self.path = None if path is None else Path(path)
+        self.pending: list[Visit] = []
+        self.values = self.new_buffer(dtype, fill=self.init, device=device, suffix="")
+
+    # -- storage ---------------------------------------------------------------------------------------------------
+
+    def new_buffer(
+        self,
+        dtype: torch.dtype | None = None,
+        *,
+        fill: float = 0.0,
+        suffix: str,
+        device: torch.device | str | None = None,
+        row_shape: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """A tensor shaped and stored like the table, for an optimizer's per-row state.
+
+        Args:
+            dtype: default: the table's.
+            fill: value of every entry.
+            suffix: names the file next to a memory-mapped table.
+            device: default: the table's.
+            row_shape: default: the table's.
+        """
+        values = getattr(self, "values", None)
+        dtype = dtype or (values.dtype if values is not None else torch.float32)
+        device = torch.device(device or (values.device if values is not None else "cpu"))
+        shape = (self.num_rows, *(self.row_shape if row_shape is None else row_shape))
+        nbytes = math.prod(shape) * dtype.itemsize
+        self._require_room(nbytes, device)
+        if self.storage == "mmap":
+            assert self.path is not None
+            file = self.path.with_name(self.path.name + suffix)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "wb") as handle:
+                handle.truncate(nbytes)  # sparse: zeros cost neither time nor disk until they are written
+            buffer = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+            return buffer if fill == 0 else buffer.fill_(fill)
+        if self.storage == "pinned":
+            return torch.full(shape, fill, dtype=dtype, pin_memory=torch.cuda.is_available())
+        return torch.full(shape, fill, dtype=dtype, device=device)
+
+    def _require_room(self, nbytes: int, device: torch.device) -> None:
+        if self.storage == "mmap":
+            assert self.path is not None
+            parent = next(p for p in self.path.absolute().parents if p.exists())
+            free, where = shutil.disk_usage(parent).free, f"on the disk of {parent}"
+            advice = "choose a path on a larger disk"
+        elif device.type == "cuda" and self.storage == "device":
+            free, where = torch.cuda.mem_get_info(device)[0], f"on {device}"
+            advice = "keep it off the accelerator with storage='pinned' or storage='mmap'"
+        else:
+            free, where = psutil.virtual_memory().available, "in host memory"
+            advice = "use storage='mmap' with path=FILE on a disk"
+        if nbytes > free:
+            raise MemoryError(
+                f"{self.num_rows:,} rows of shape {self.row_shape} need {nbytes / 1e9:.2f} GB, "
+                f"but {free / 1e9:.2f} GB are free {where}; {advice}"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values in bytes."""
+        return self.values.numel() * self.values.element_size()
+
+    def to(self, device: torch.device | str) -> ParameterTable:
+        """Move the values, in place; pinned and memory-mapped tables stay on the host."""
+        if self.storage == "device":
+            self.values = self.values.to(device)
+        return self
+
+    def resize(self, num_rows: int) -> ParameterTable:
+        """Grow to ``num_rows`` rows, in place; new rows start at ``init``. For ids that are numbered as they come.
+
+        Raises:
+            ValueError: a memory-mapped table, whose file has a fixed size.
+        """
+        if self.storage == "mmap":
+            raise ValueError("a memory-mapped table cannot grow: give num_rows= or list all ids with ids=[...]")
+        self.num_rows, old = num_rows, self.values
+        self.values = self.new_buffer(fill=self.init, suffix="")
+        self.values[: len(old)] = old
+        return self
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def rows(self, index: Tensor, device: torch.device | str | None = None, valid: Tensor | None = None) -> Tensor:
+        """Gather rows into a leaf to differentiate through, and remember the visit for the row optimizer.
+
+        Args:
+            index: int64, any shape S, entries in ``[0, num_rows)``.
+            device: of the leaf; default: that of ``index``.
+            valid: bool, shape S; False for elements whose row must stay untouched. Their ``index`` must still be in range.
+
+        Returns:
+            Leaf of shape ``(*S, *row_shape)``. Under ``torch.no_grad()`` it requires no gradient and nothing is remembered.
+
+        Raises:
+            IndexError: an index out of range (checked where ``index`` is on the CPU; elsewhere it would stall the device).
+        """
+        if index.device.type == "cpu" and index.numel():
+            low, high = (int(v) for v in torch.aminmax(index))
+            if low < 0 or high >= self.num_rows:
+                raise IndexError(
+                    f"row {low if low < 0 else high} is out of range for a table of {self.num_rows} rows (0 to {self.num_rows - 1}); "
+                    "does num_rows match the data set?"
+                )
+        here = index.to(self.values.device, non_blocking=True)
+        dtype = torch.promote_types(self.values.dtype, torch.float32)
+        leaf = self.values[here].to(device=device or index.device, dtype=dtype, non_blocking=True)
+        if torch.is_grad_enabled():
+            leaf.requires_grad_()
+            self.pending.append(Visit(here, leaf, valid))
+        return leaf
+
+    def visited(self) -> list[Visit]:
+        """Visits that back-propagation has reached since the last step."""
+        return [visit for visit in self.pending if visit.leaf.grad is not None]
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"values": Tensor}``, by reference as in ``nn.Module.state_dict``."""
+        return {"values": self.values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copy values in.
+
+        Raises:
+            ValueError: another number of rows or another row shape.
+        """
+        values = state["values"]
+        if values.shape != self.values.shape:
+            raise ValueError(f"the saved table has shape {tuple(values.shape)}, this one {tuple(self.values.shape)}: has the data set changed?")
+        self.values.copy_(values)
+
+    def __repr__(self) -> str:
+        return (
+            f"ParameterTable({self.num_rows}, row_shape={self.row_shape}, init={self.init:g}, bounds={self.bounds}, "
+            f"storage={self.storage!r}, {self.nbytes / 1e6:.2f} MB on {self.values.device})"
+        )

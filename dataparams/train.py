@@ -1,0 +1,281 @@
+"""The command line: ``dataparams experiment=... method=... -m``, ``dataparams report RUN``, ``dataparams compare SWEEP``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+import pandas as pd
+import torch
+from hydra.utils import instantiate
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from dataparams.callbacks.averaging import AveragedWeights
+from dataparams.callbacks.base import MethodCallback
+from dataparams.report.compare import compare
+from dataparams.report.files import check_writable, replacing, write_json
+from dataparams.report.monitor import DetectionMonitor, SaveOnInterrupt, StepTimer
+from dataparams.report.plots import write_plots
+from dataparams.report.results import collect_results, load_checkpoint, rows_of_run
+from dataparams.report.rows import DETECTORS, read_rows, suspicion, write_rows
+
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
+CHECKPOINTS = ("best", "last", "best_ema", "interrupted")
+# Advice and notes of Lightning that a user of this command line can do nothing about.
+QUIET = (
+    ".*does not have many workers.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*Experiment logs directory .* exists and is not empty.*",
+    ".*is smaller than the logging interval.*",
+    ".*MPS available but not used.*",
+    ".*GPU available but not used.*",
+)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside and renames it, so that a kill in between leaves the previous one whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as beside:
+            super().save_checkpoint(checkpoint, beside, storage_options)
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Train, evaluate and write one run into ``cfg.run_dir``; returns what ``results.json`` holds.
+
+    The best epoch is the first with the highest accuracy on the (noisy) validation labels; test labels choose nothing.
+
+    Args:
+        cfg: the composed configuration (``conf/config.yaml``).
+
+    Raises:
+        OSError: the folder cannot be written; before training.
+        SystemExit: Ctrl-C or SIGTERM; what was learned so far has then been written.
+    """
+    run_dir = Path(cfg.run_dir).resolve()
+    check_writable(run_dir)
+    results_path = run_dir / "results.json"
+    if cfg.resume and results_path.exists():
+        results = json.loads(results_path.read_text())
+        if results["epochs"] >= cfg.trainer.max_epochs:
+            return results
+    if not cfg.resume:
+        _remove_outputs(run_dir)
+    with replacing(run_dir / "config.yaml") as beside:
+        OmegaConf.save(cfg, beside, resolve=True)
+
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule = instantiate(cfg.data, _convert_="all")
+    module = instantiate(cfg.module, _convert_="all")
+    makers = {name: partial(instantiate, node, _convert_="all") for name, node in cfg.callbacks.items()}
+    trainer = _make_trainer(cfg, run_dir, [make() for make in makers.values()])
+    last = run_dir / "checkpoints" / "last.ckpt"
+    with _saving_when_interrupted(run_dir, makers, datamodule):
+        trainer.fit(module, datamodule=datamodule, ckpt_path=last if cfg.resume and last.exists() else None)
+
+    if trainer.is_global_zero:
+        checkpoints = _load_checkpoints(run_dir)
+        datamodule.setup("fit")
+        datamodule.setup("test")
+        rows = rows_of_run(makers, checkpoints["best"], checkpoints["last"], datamodule)
+        identity = {name: cfg[name] for name in ("experiment", "method", "seed")}
+        results = identity | collect_results(checkpoints, rows, module, datamodule, trainer.strategy.root_device)
+        write_rows(rows, run_dir / "rows.parquet")
+        _write_metrics(run_dir)
+        write_json(results, results_path)  # last of the tables: where it exists, the run is complete
+        (run_dir / "checkpoints" / "interrupted.ckpt").unlink(missing_ok=True)
+        if cfg.plots:
+            write_plots(run_dir)
+        return results
+    return {}
+
+
+def _make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback]) -> L.Trainer:
+    folder = run_dir / "checkpoints"
+    methods = [callback for callback in callbacks if isinstance(callback, MethodCallback)]
+    keep = partial(ModelCheckpoint, folder, save_on_train_epoch_end=True, enable_version_counter=False)
+    callbacks = [
+        SaveOnInterrupt(folder / "interrupted.ckpt"),
+        *callbacks,
+        DetectionMonitor(methods),
+        StepTimer(),
+        keep(filename="best", monitor="val_accuracy", mode="max"),
+        keep(filename="last"),
+    ]
+    if cfg.ema:
+        callbacks.insert(1, AveragedWeights(cfg.ema))
+        callbacks.append(keep(filename="best_ema", monitor="val_accuracy_ema", mode="max"))
+    if cfg.progress_bar:
+        callbacks.append(TQDMProgressBar())
+    loggers = [CSVLogger(run_dir, name="logs"), *(instantiate(node) for node in (cfg.logger or {}).values())]
+    return instantiate(
+        cfg.trainer,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(run_dir),
+        enable_progress_bar=cfg.progress_bar,
+        _convert_="all",
+    )
+
+
+@contextmanager
+def _saving_when_interrupted(run_dir: Path, makers: dict[str, Any], datamodule: Any) -> Iterator[None]:
+    """Lightning ends a fit on Ctrl-C or SIGTERM with SystemExit; before that goes on, write what was learned."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        checkpoints = _load_checkpoints(run_dir)
+        if now := checkpoints.get("interrupted"):
+            rows = rows_of_run(makers, checkpoints.get("best", now), now, datamodule)
+            write_rows(rows, run_dir / "rows.parquet")
+            _write_metrics(run_dir)
+        print(
+            f"\ninterrupted; what was learned so far is in {run_dir}\n"
+            f"continue from the last finished epoch: the same command with resume=true hydra.run.dir={run_dir}",
+            file=sys.stderr,
+        )
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _load_checkpoints(run_dir: Path) -> dict[str, Any]:
+    paths = {name: run_dir / "checkpoints" / f"{name}.ckpt" for name in CHECKPOINTS}
+    return {name: load_checkpoint(path) for name, path in paths.items() if path.exists()}
+
+
+def _write_metrics(run_dir: Path) -> None:
+    """Join what the CSV logger wrote, a folder for each start of the run, into ``metrics.csv``.
+
+    A resumed run goes back to the end of the last finished epoch; what an earlier start logged after that step is dropped.
+    """
+    parts: list[pd.DataFrame] = []
+    folders = sorted((run_dir / "logs").glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
+    for folder in folders:
+        if (folder / "metrics.csv").exists():
+            part = pd.read_csv(folder / "metrics.csv")
+            parts = [earlier[earlier["step"] < part["step"].min()] for earlier in parts] + [part]
+    if parts:
+        with replacing(run_dir / "metrics.csv") as beside:
+            pd.concat(parts, ignore_index=True).to_csv(beside, index=False)
+
+
+def _remove_outputs(run_dir: Path) -> None:
+    """Remove the files of an earlier run in this folder, so that the two do not mix; nothing else in it is touched."""
+    names = ["results.json", "rows.parquet", "metrics.csv", *(f"checkpoints/{name}.ckpt" for name in CHECKPOINTS)]
+    for path in [run_dir / name for name in names] + list(run_dir.glob("logs/version_*/metrics.csv")):
+        path.unlink(missing_ok=True)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://dataparams.conf", config_name="config")
+def job(cfg: DictConfig) -> float | None:
+    """One Hydra job; returns the best noisy-validation accuracy, for sweepers that search."""
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    results = run(cfg)
+    if not results:
+        return None
+    print(_headline(results), f"run: {Path(cfg.run_dir).resolve()}", sep="\n", flush=True)
+    return results["val_accuracy_best"]
+
+
+def _headline(results: dict[str, Any]) -> str:
+    lines = [
+        f"{results['experiment']}, {results['method']}, seed {results['seed']}: test accuracy "
+        f"{results['test_accuracy_best']:.3f} at the best noisy-validation epoch ({results['best_epoch']}), "
+        f"{results['test_accuracy_last']:.3f} at the last ({results['epochs'] - 1})"
+    ]
+    detectors = [name for name in DETECTORS if results.get(f"auroc_{name}_best") is not None]
+    if detectors:
+        found = (f"{name.replace('_', ' ')} {results[f'auroc_{name}_best']:.3f}" for name in detectors)
+        lines.append(f"  AUROC of wrong labels: {', '.join(found)}")
+    return "\n".join(lines)
+
+
+def report(run_dir: Path, by: str, count: int) -> None:
+    """Draw the plots of a finished run again and print its most suspicious samples.
+
+    Args:
+        run_dir: a run's folder.
+        by: a key of ``DETECTORS``.
+        count: how many samples to print.
+    """
+    paths = write_plots(run_dir)
+    rows = read_rows(run_dir / "rows.parquet")
+    scores = suspicion(rows, by, "_last")
+    if scores is None:
+        raise SystemExit(f"dataparams: this run has no {by}: choose another with --by")
+    worst = rows.loc[scores.sort_values(ascending=False).index[:count]]
+    shown = ["index", "id", "given_label", "true_label", "is_corrupt", *(f"{c}_last" for c, _ in DETECTORS.values())]
+    print(f"most suspicious by {by.replace('_', ' ')} at the last epoch:")
+    print(worst[[name for name in shown if name in worst]].to_string(index=False, float_format="%.3f"))
+    print("\n".join(["", *map(str, paths), str(run_dir / "rows.parquet")]))
+
+
+def list_choices() -> str:
+    """Experiments and methods with the first comment line of their YAML."""
+    lines = []
+    for group in ("experiment", "method"):
+        lines.append(f"{group}:")
+        for path in sorted(files("dataparams.conf").joinpath(group).iterdir(), key=lambda path: path.name):
+            if path.name.endswith(".yaml"):
+                comments = [line for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
+                lines.append(f"  {path.name.removesuffix('.yaml'):<18}{comments[0][2:] if comments else ''}".rstrip())
+    return "\n".join(lines)
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"dataparams {command}")
+    if command == "report":
+        parser.description = "Plots and the most suspicious samples of a finished run."
+        parser.add_argument("folder", type=Path, metavar="RUN")
+        parser.add_argument("--by", choices=sorted(DETECTORS), default="mean_loss", help="the ranking (default: %(default)s)")
+        parser.add_argument("-k", type=int, default=20, help="how many samples (default: %(default)s)")
+    else:
+        parser.description = "The table of a sweep: mean, deviation, paired difference to a baseline. Writes summary.csv."
+        parser.add_argument("folder", type=Path, metavar="SWEEP")
+        parser.add_argument("--baseline", default="none", help="the method subtracted (default: %(default)s)")
+    return parser
+
+
+def main() -> None:
+    """The console script ``dataparams``."""
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in ("--list", "list"):
+        print(list_choices())
+    elif command in ("report", "compare"):
+        options = _parser(command).parse_args(sys.argv[2:])
+        try:
+            if command == "report":
+                report(options.folder, options.by, options.k)
+            else:
+                print(compare(options.folder, options.baseline), options.folder / "summary.csv", sep="\n\n")
+        except (FileNotFoundError, ValueError) as error:
+            raise SystemExit(f"dataparams: {error}") from None
+    else:
+        try:
+            job()
+        except KeyboardInterrupt:
+            raise SystemExit(INTERRUPTED) from None
+
+
+if __name__ == "__main__":
+    main()
