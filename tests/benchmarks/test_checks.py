@@ -1,0 +1,85 @@
+"""The checks of the evidence tell a working method from four broken ones, on the reference experiment itself."""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+
+import dataparams.index
+from dataparams.optim import RowSGD
+from dataparams.train import run
+
+sys.path.insert(0, str(Path(__file__).parent))
+from checks import digits_noise  # noqa: E402  # benchmarks are scripts, not a package
+
+SEED = 0
+# Lightning's advice on workers and intervals is for users, who see it from their own runs
+pytestmark = [pytest.mark.filterwarnings("ignore:.*does not have many workers"), pytest.mark.filterwarnings("ignore:.*logging interval")]
+
+
+def train(folder: Path, *overrides: str) -> dict[str, Any]:
+    with initialize_config_module("dataparams.conf", version_base="1.3"):
+        options = [f"seed={SEED}", "plots=false", "progress_bar=false", "trainer.accelerator=cpu", f"run_dir={folder}"]
+        return run(compose("config", overrides=["experiment=digits_noise", *options, *overrides]))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> dict[str, Any]:
+    return train(tmp_path_factory.mktemp("plain"), "method=none")
+
+
+def frozen(monkeypatch) -> list[str]:
+    return ["callbacks.data_parameters.lr=0"]
+
+
+def flipped_gradient(monkeypatch) -> list[str]:
+    update = RowSGD._update
+    monkeypatch.setattr(RowSGD, "_update", lambda self, state, grad, group: update(self, state, -grad, group))
+    return []
+
+
+def slow(monkeypatch) -> list[str]:
+    return [f"callbacks.data_parameters.lr={0.094 / 15}"]
+
+
+@lru_cache
+def _permutation(n: int) -> torch.Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
+
+
+def permuted(monkeypatch) -> list[str]:
+    make = dataparams.index.indexed_loader
+
+    def shifted(loader, offset=0):
+        clone = make(loader, offset)
+        collate, rows = clone.collate_fn, _permutation(len(loader.dataset))
+
+        def permute(fetched):
+            batch = collate(fetched)
+            batch.index = rows[batch.index]
+            return batch
+
+        clone.__dict__["collate_fn"] = permute
+        return clone
+
+    monkeypatch.setattr(dataparams.index, "indexed_loader", shifted)
+    return []
+
+
+def test_the_working_method_passes_every_check(plain, tmp_path):
+    failed = [check for check in digits_noise([plain], [train(tmp_path, "method=data_parameters")]) if not check.passed]
+    assert failed == []
+
+
+@pytest.mark.parametrize("breaking", [frozen, flipped_gradient, slow, permuted], ids=lambda f: f.__name__)
+def test_a_broken_variant_fails(plain, tmp_path, monkeypatch, breaking):
+    results = train(tmp_path, "method=data_parameters", *breaking(monkeypatch))
+    failed = [check.name for check in digits_noise([plain], [results]) if not check.passed]
+    print(breaking.__name__, failed)
+    assert failed
