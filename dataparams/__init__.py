@@ -4,5 +4,12 @@ from dataparams.callbacks import DataParameters, TrainingDynamics
 from dataparams.optim import DataParameterOptimizer, RowAdam, RowSGD
 from dataparams.tables import ParameterTable
 
-__all__ = ["DataParameterOptimizer", "DataParameters", "ParameterTable", "RowAdam", "RowSGD", "TrainingDynamics"]
+__all__ = [
+    "DataParameterOptimizer",
+    "DataParameters",
+    "ParameterTable",
+    "RowAdam",
+    "RowSGD",
+    "TrainingDynamics",
+]
 __version__ = "0.1.0"

@@ -30,7 +30,8 @@ class DynamicsTable:
         self.num_rows = num_rows
         # columns: loss, margin, confidence, confidence squared
         self.sums = torch.zeros((num_rows, 4), device=device)
-        # columns: visits, forgetting events, 2 * (label + 1) + (correct at the last visit), or -1; label -1 is "no single class"
+        # columns: visits, forgetting events, 2 * (label + 1) + (correct at the last visit), or -1; label -1 is "no
+        # single class"
         self.counts = torch.zeros((num_rows, 3), dtype=torch.int32, device=device)
         self.counts[:, 2] = -1
 
@@ -69,7 +70,9 @@ class DynamicsTable:
         label = torch.where(valid, seen.label, torch.full_like(seen.label, -1))
         label = torch.full_like(label, -1).scatter_reduce_(0, segment, label, "amax")[segment]
         last = torch.where(visited, 2 * (label + 1) + correct, before[:, 2])
-        self.counts[index] = torch.stack((before[:, 0] + tally[:, 0], before[:, 1] + forgotten, last), 1).to(torch.int32)
+        self.counts[index] = torch.stack((before[:, 0] + tally[:, 0], before[:, 1] + forgotten, last), 1).to(
+            torch.int32
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """One line a sample; see the README's table of columns. Samples never visited have NaN."""

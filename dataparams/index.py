@@ -1,8 +1,8 @@
 """How a sample's row number reaches the loss: through the training loader, without an edit to module or data set.
 
 The training loader is replaced, for the time of a fit, by a shallow copy whose data set and collate function carry each
-sample's position along; the position is taken off before any hook sees the batch. The user's own loader is never written
-to. Where the batch holds ids already (``index_key``), the loader is left alone and the ids are looked up.
+sample's position along; the position is taken off before any hook sees the batch. The user's own loader is never
+written to. Where the batch holds ids already (``index_key``), the loader is left alone and the ids are looked up.
 
 This is the only module that touches anything private in Lightning.
 """
@@ -94,7 +94,8 @@ class IndexedCollate:
             index = torch.empty(0)
         if index.is_floating_point() or index.dtype == torch.bool:
             raise TypeError(
-                f"the sampler yields {fetched.index!r:.80}, not positions in the data set; have the data set return an id and name it with "
+                f"the sampler yields {fetched.index!r:.80}, not positions in the data set; have the data set return "
+                "an id and name it with "
                 "index_key="
             )
         return IndexedBatch(self.collate(fetched.samples), index.reshape(-1).to(torch.int64) + self.offset)
@@ -104,7 +105,11 @@ def indexed_loader(loader: DataLoader, offset: int = 0) -> DataLoader:
     """A copy of the loader that yields :class:`IndexedBatch`; it shares sampler, workers' settings and data set."""
     clone = copy.copy(loader)
     # DataLoader.__setattr__ forbids new data sets after construction; a persistent iterator would yield plain batches.
-    clone.__dict__.update(dataset=IndexedDataset(loader.dataset), collate_fn=IndexedCollate(loader.collate_fn, offset), _iterator=None)
+    clone.__dict__.update(
+        dataset=IndexedDataset(loader.dataset),
+        collate_fn=IndexedCollate(loader.collate_fn, offset),
+        _iterator=None,
+    )
     return clone
 
 
@@ -119,8 +124,8 @@ def base_positions(dataset: Any) -> list[int] | None:
 class RowIds:
     """From the user's ids to rows of the tables.
 
-    Integer ids in ``[0, num_rows)`` are rows as they stand. Strings, or any ids listed in ``ids``, are looked up; ids not
-    listed anywhere get the next free row when first seen.
+    Integer ids in ``[0, num_rows)`` are rows as they stand. Strings, or any ids listed in ``ids``, are looked up; ids
+    not listed anywhere get the next free row when first seen.
 
     Args:
         num_rows: number of rows, or None while it is not known.
@@ -177,7 +182,8 @@ class RowIds:
         outside = values[(values < 0) | (values >= self.num_rows)]
         if outside.numel():
             raise IndexError(
-                f"id {int(outside[0])} is not a row number in [0, {self.num_rows}). If ids are not row numbers, list them all with "
+                f"id {int(outside[0])} is not a row number in [0, {self.num_rows}). If ids are not row numbers, list "
+                "them all with "
                 "ids=[...]; if the data set has more samples, say so with num_rows="
             )
         return values
@@ -209,10 +215,15 @@ def read_ids(batch: Any, key: IndexKey) -> Any:
     try:
         return batch[key] if not (isinstance(key, str) and not isinstance(batch, Mapping)) else getattr(batch, key)
     except (KeyError, IndexError, TypeError, AttributeError):
-        has = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else (
-            f"{len(batch)} positions" if isinstance(batch, (list, tuple)) else f"type {type(batch).__name__}"
+        has = (
+            f"keys {sorted(map(str, batch))}"
+            if isinstance(batch, Mapping)
+            else (f"{len(batch)} positions" if isinstance(batch, (list, tuple)) else f"type {type(batch).__name__}")
         )
-        raise KeyError(f"index_key={key!r} is not in the batch, which has {has}; give a dictionary key, a tuple position or a function") from None
+        raise KeyError(
+            f"index_key={key!r} is not in the batch, which has {has}; give a dictionary key, a tuple position or a "
+            "function"
+        ) from None
 
 
 class IndexTracker:
@@ -244,7 +255,8 @@ class IndexTracker:
         self._patched: list[tuple[Any, str]] = []
 
     def install(self, trainer: L.Trainer) -> None:
-        """Patch the strategy's loader hook and the precision plugin's first look at a batch, on these instances only."""
+        """Patch the strategy's loader hook and the precision plugin's first look at a batch, on these instances
+        only."""
         strategy, precision = trainer.strategy, trainer.precision_plugin
         process, convert = strategy.process_dataloader, precision.convert_input
 
@@ -289,8 +301,10 @@ class IndexTracker:
                 return loader
             what = "an iterable data set" if isinstance(loader, DataLoader) else f"a {type(loader).__name__}"
             raise ValueError(
-                f"the training loader reads from {what}, whose samples have no positions. Have it yield an id with each sample and name it "
-                "with index_key= (dictionary key, tuple position or function), or compute the loss with callback.loss(logits, target, "
+                f"the training loader reads from {what}, whose samples have no positions. Have it yield an id with "
+                "each sample and name it "
+                "with index_key= (dictionary key, tuple position or function), or compute the loss with "
+                "callback.loss(logits, target, "
                 "index=...) and give num_rows="
             )
         clone = indexed_loader(loader, offset=sum(self._lengths))
@@ -318,7 +332,8 @@ class IndexTracker:
         if self._expected is not None:
             if lengths and lengths != self._expected:
                 raise ValueError(
-                    f"the training data had {self._expected} samples and has {lengths} after reloading; rows would meet other samples. "
+                    f"the training data had {self._expected} samples and has {lengths} after reloading; rows would "
+                    "meet other samples. "
                     "Keep the data set's length, or give every sample an id with index_key= and ids="
                 )
             return self.row_ids.num_rows if self.row_ids else None
@@ -327,6 +342,8 @@ class IndexTracker:
             self.base = bases[0]
         length = sum(lengths) if lengths and min(lengths) >= 0 else None
         num_rows = self.num_rows if self.num_rows is not None else length
+        if self.index_key is None and length is not None and num_rows is not None and num_rows < length:
+            raise ValueError(f"num_rows={num_rows}, but the training data has {length} samples; leave num_rows out")
         if self.ids is not None:
             self.row_ids = RowIds(None, self.ids)
         elif known is not None:
@@ -356,7 +373,8 @@ class IndexTracker:
     def index_for(self, batch_size: int, name: str) -> Tensor:
         """Rows of the samples that the criterion was called with.
 
-        With several loaders the batch may be theirs joined, in the loaders' order, or one of theirs, where the sizes tell.
+        With several loaders the batch may be theirs joined, in the loaders' order, or one of theirs, where the sizes
+        tell.
 
         Raises:
             ValueError: none fits.
@@ -364,7 +382,8 @@ class IndexTracker:
         chunks = self.current
         if not chunks:
             raise ValueError(
-                f"{name} was called, but no row numbers are known for this batch; name the ids with index_key=, or use callback.loss(..., index=)"
+                f"{name} was called, but no row numbers are known for this batch; name the ids with index_key=, or "
+                "use callback.loss(..., index=)"
             )
         if sum(len(chunk) for chunk in chunks) == batch_size or len(chunks) == 1:
             return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
@@ -372,13 +391,18 @@ class IndexTracker:
         if len(fitting) == 1:
             return fitting[0]
         raise ValueError(
-            f"{name} was called with {batch_size} samples, which is not one of the batches of {[len(c) for c in chunks]} that the "
-            f"{len(chunks)} training loaders gave (or several are alike); compute the loss with callback.loss(logits, target, index=...)"
+            f"{name} was called with {batch_size} samples, which is not one of the batches of "
+            f"{[len(c) for c in chunks]} that the "
+            f"{len(chunks)} training loaders gave (or several are alike); compute the loss with "
+            "callback.loss(logits, target, index=...)"
         )
 
 
 def rows_of(ids: Iterable[Any], row_ids: RowIds | None) -> Tensor:
     """Rows for an explicit index: a tensor of rows, or ids where the fit knows ids."""
-    if row_ids is None:
-        return torch.as_tensor(ids).reshape(-1)
+    on_device = isinstance(ids, Tensor) and ids.device.type != "cpu"
+    if row_ids is None or (
+        on_device and row_ids.rows is None
+    ):  # rows as they stand; checking them would stall the device
+        return torch.as_tensor(ids).reshape(-1).long()
     return row_ids.lookup(ids)

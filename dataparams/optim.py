@@ -4,7 +4,8 @@ Only visited rows move: momentum advances, decay pulls and bounds clamp when a r
 A row whose gradient is exactly zero was still visited. Duplicated rows are combined first and stepped once.
 
 Source of the update rule: Saxena et al., NeurIPS 2019, released code (``SparseSGD``: momentum 0.9 without dampening,
-clamping after the step). Theirs clones the whole table twice a step; here a step reads and writes the batch's rows only.
+clamping after the step). Theirs clones the whole table twice a step; here a step reads and writes the batch's rows
+only.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from dataparams.tables import ParameterTable, Visit
 
 GradScale = Literal["mean", "instance"]
 Duplicates = Literal["sum", "mean"]
-# Called with (index (V,), gradient (V, *row_shape), valid (V,)) of this process; returns those of all processes, in rank order.
+# Called with (index (V,), gradient (V, *row_shape), valid (V,)) of this process; returns those of all processes, in
+# rank order.
 Gather = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def segments(index: Tensor) -> Tensor:
     """Number the distinct values of ``index`` 0, 1, ...: equal entries get equal numbers.
 
-    ``torch.unique`` would do, but the size of its result is known only after a host-device synchronisation.
+    On the CPU this is ``torch.unique``'s inverse; elsewhere the size of its result would cost a host-device
+    synchronisation.
 
     Args:
         index: ``(V,)`` int64.
@@ -34,6 +37,8 @@ def segments(index: Tensor) -> Tensor:
     Returns:
         ``(V,)`` int64 in ``[0, V)``.
     """
+    if index.device.type == "cpu":
+        return torch.unique(index, return_inverse=True)[1]
     ordered, order = torch.sort(index)
     numbers = torch.zeros_like(index)
     numbers[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
@@ -147,7 +152,13 @@ class RowOptimizer(torch.optim.Optimizer):
                 self._step_table(table, state, group, visits)
         return loss
 
-    def _step_table(self, table: ParameterTable, state: dict[str, Tensor], group: dict[str, Any], visits: list[Visit]) -> None:
+    def _step_table(
+        self,
+        table: ParameterTable,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+        visits: list[Visit],
+    ) -> None:
         index, grad, valid = self._collect(table, visits)
         if self.gather is not None:
             index, grad, valid = self.gather(index, grad, valid)
@@ -193,14 +204,23 @@ class RowOptimizer(torch.optim.Optimizer):
             grads.append(grad.reshape(-1, *table.row_shape).to(device))
             valids.append(valid.reshape(-1).to(device))
         if not indices:
-            empty = torch.zeros((0, *table.row_shape), dtype=torch.promote_types(table.values.dtype, torch.float32), device=device)
-            return torch.zeros(0, dtype=torch.int64, device=device), empty, torch.zeros(0, dtype=torch.bool, device=device)
+            empty = torch.zeros(
+                (0, *table.row_shape),
+                dtype=torch.promote_types(table.values.dtype, torch.float32),
+                device=device,
+            )
+            return (
+                torch.zeros(0, dtype=torch.int64, device=device),
+                empty,
+                torch.zeros(0, dtype=torch.bool, device=device),
+            )
         if len(indices) == 1:
             return indices[0], grads[0], valids[0]
         return torch.cat(indices), torch.cat(grads), torch.cat(valids)
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"state": [one dict of tensors a table], "param_groups": [hyperparameters]}``. The tables save their own values."""
+        """``{"state": [one dict of tensors a table], "param_groups": [hyperparameters]}``. The tables save their own
+        values."""
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self._groups]
         return {"state": [dict(state) for state in self.row_state], "param_groups": groups}
 
@@ -211,7 +231,9 @@ class RowOptimizer(torch.optim.Optimizer):
             ValueError: another number of tables, or tables of another shape.
         """
         if len(state_dict["state"]) != len(self.tables):
-            raise ValueError(f"the saved state is for {len(state_dict['state'])} tables, this optimizer has {len(self.tables)}")
+            raise ValueError(
+                f"the saved state is for {len(state_dict['state'])} tables, this optimizer has {len(self.tables)}"
+            )
         for saved, state in zip(state_dict["state"], self.row_state, strict=True):
             for name, buffer in state.items():
                 if saved[name].shape != buffer.shape:
@@ -233,7 +255,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def resize(self) -> RowOptimizer:
         """Follow tables that have grown: call after ``table.resize(n)``; new rows start with fresh state."""
-        for table, state, fresh in zip(self.tables, self.row_state, map(self._new_state, self.tables), strict=True):
+        for state, fresh in zip(self.row_state, map(self._new_state, self.tables), strict=True):
             for name, old in state.items():
                 fresh[name][: len(old)] = old
                 state[name] = fresh[name]
@@ -246,16 +268,16 @@ class RowOptimizer(torch.optim.Optimizer):
 class RowSGD(RowOptimizer):
     """Stochastic gradient descent on visited rows, with momentum that advances on visits.
 
-    m_i <- momentum * m_i + g_i + weight_decay * n_i * t_i ;  t_i <- clamp(t_i - lr * m_i), with n_i the times the row occurs
-    in the batch.
+    m_i <- momentum * m_i + g_i + weight_decay * n_i * t_i ;  t_i <- clamp(t_i - lr * m_i), with n_i the times the row
+    occurs in the batch.
 
     Args:
         tables: the tables.
         lr: learning rate, at least 0.
         momentum: in [0, 1).
         weight_decay: pull towards 0 on visits, at least 0.
-        grad_scale: ``"mean"`` takes the gradient as it is, the paper's choice: with a mean loss a row's step shrinks with the
-            batch size. ``"instance"`` undoes the mean, so that ``lr`` is a rate per visit.
+        grad_scale: ``"mean"`` takes the gradient as it is, the paper's choice: with a mean loss a row's step shrinks
+            with the batch size. ``"instance"`` undoes the mean, so that ``lr`` is a rate per visit.
         duplicates: rows that occur several times in a batch are combined by ``"sum"`` or ``"mean"``, then stepped once.
     """
 
@@ -272,7 +294,12 @@ class RowSGD(RowOptimizer):
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         self._has_momentum = momentum > 0
-        super().__init__(tables, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, grad_scale, duplicates)
+        super().__init__(
+            tables,
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay},
+            grad_scale,
+            duplicates,
+        )
 
     def _new_state(self, table: ParameterTable) -> dict[str, Tensor]:
         return {"momentum": table.new_buffer(torch.float32, suffix=".momentum")} if self._has_momentum else {}
@@ -344,8 +371,8 @@ class DataParameterOptimizer(torch.optim.Optimizer):
     Args:
         optimizer: the model's optimizer.
         tables: tables to train beside it, or a ready :class:`RowSGD` / :class:`RowAdam`.
-        **row_options: for the :class:`RowSGD` that is made when tables are given: ``lr``, ``momentum``, ``weight_decay``,
-            ``grad_scale``, ``duplicates``.
+        **row_options: for the :class:`RowSGD` that is made when tables are given: ``lr``, ``momentum``,
+            ``weight_decay``, ``grad_scale``, ``duplicates``.
 
     Example:
         >>> model, table = torch.nn.Linear(2, 3), ParameterTable(10)

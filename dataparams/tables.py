@@ -49,9 +49,9 @@ class ParameterTable:
         bounds: ``(low, high)``; visited rows are clamped to it after every step. None: unbounded.
         dtype: storage type; half-precision rows are gathered as float32.
         device: where the values live (``storage="device"`` only). Default: CPU.
-        storage: ``"device"``, ``"pinned"`` (page-locked host memory, for tables larger than the accelerator's memory) or
-            ``"mmap"`` (a memory-mapped file, for tables larger than the host's memory). With the last two a step copies
-            the batch's rows between host and accelerator.
+        storage: ``"device"``, ``"pinned"`` (page-locked host memory, for tables larger than the accelerator's memory)
+            or ``"mmap"`` (a memory-mapped file, for tables larger than the host's memory). With the last two a step
+            copies the batch's rows between host and accelerator.
         path: file of a memory-mapped table; it is created, and overwritten where it exists.
 
     Raises:
@@ -82,7 +82,9 @@ class ParameterTable:
         if bounds is not None and not bounds[0] < bounds[1]:
             raise ValueError(f"bounds must be (low, high) with low < high, got {tuple(bounds)}")
         if bounds is not None and not bounds[0] <= init <= bounds[1]:
-            raise ValueError(f"init={init:g} lies outside bounds=({bounds[0]:g}, {bounds[1]:g}); widen the bounds or move init")
+            raise ValueError(
+                f"init={init:g} lies outside bounds=({bounds[0]:g}, {bounds[1]:g}); widen the bounds or move init"
+            )
         if not math.isfinite(init):
             raise ValueError(f"init must be finite, got {init}")
         if storage not in ("device", "pinned", "mmap"):
@@ -186,19 +188,23 @@ class ParameterTable:
         Args:
             index: int64, any shape S, entries in ``[0, num_rows)``.
             device: of the leaf; default: that of ``index``.
-            valid: bool, shape S; False for elements whose row must stay untouched. Their ``index`` must still be in range.
+            valid: bool, shape S; False for elements whose row must stay untouched. Their ``index`` must still be in
+                range.
 
         Returns:
-            Leaf of shape ``(*S, *row_shape)``. Under ``torch.no_grad()`` it requires no gradient and nothing is remembered.
+            Leaf of shape ``(*S, *row_shape)``. Under ``torch.no_grad()`` it requires no gradient and nothing is
+            remembered.
 
         Raises:
-            IndexError: an index out of range (checked where ``index`` is on the CPU; elsewhere it would stall the device).
+            IndexError: an index out of range (checked where ``index`` is on the CPU; elsewhere it would stall the
+                device).
         """
         if index.device.type == "cpu" and index.numel():
             low, high = (int(v) for v in torch.aminmax(index))
             if low < 0 or high >= self.num_rows:
                 raise IndexError(
-                    f"row {low if low < 0 else high} is out of range for a table of {self.num_rows} rows (0 to {self.num_rows - 1}); "
+                    f"row {low if low < 0 else high} is out of range for a table of {self.num_rows} rows (0 to "
+                    f"{self.num_rows - 1}); "
                     "does num_rows match the data set?"
                 )
         here = index.to(self.values.device, non_blocking=True)
@@ -227,7 +233,10 @@ class ParameterTable:
         """
         values = state["values"]
         if values.shape != self.values.shape:
-            raise ValueError(f"the saved table has shape {tuple(values.shape)}, this one {tuple(self.values.shape)}: has the data set changed?")
+            raise ValueError(
+                f"the saved table has shape {tuple(values.shape)}, this one {tuple(self.values.shape)}: has the data "
+                "set changed?"
+            )
         self.values.copy_(values)
 
     def __repr__(self) -> str:

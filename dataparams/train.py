@@ -1,4 +1,5 @@
-"""The command line: ``dataparams experiment=... method=... -m``, ``dataparams report RUN``, ``dataparams compare SWEEP``."""
+"""The command line: ``dataparams experiment=... method=... -m``, ``dataparams report RUN``, ``dataparams compare
+SWEEP``."""
 
 from __future__ import annotations
 
@@ -45,6 +46,7 @@ QUIET = (
     ".*is smaller than the logging interval.*",
     ".*MPS available but not used.*",
     ".*GPU available but not used.*",
+    ".*LeafSpec.* is deprecated.*",  # Lightning's own use of torch.utils._pytree
 )
 
 
@@ -55,6 +57,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as beside:
             super().save_checkpoint(checkpoint, beside, storage_options)
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, which also says how many epochs there are."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -123,8 +139,11 @@ def _make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback]) -
         callbacks.insert(1, AveragedWeights(cfg.ema))
         callbacks.append(keep(filename="best_ema", monitor="val_accuracy_ema", mode="max"))
     if cfg.progress_bar:
-        callbacks.append(TQDMProgressBar())
-    loggers = [CSVLogger(run_dir, name="logs"), *(instantiate(node) for node in (cfg.logger or {}).values())]
+        callbacks.append(ProgressBar())
+    loggers = [
+        CSVLogger(run_dir, name="logs"),
+        *(instantiate(node) for node in (cfg.logger or {}).values()),
+    ]
     return instantiate(
         cfg.trainer,
         callbacks=callbacks,
@@ -163,7 +182,8 @@ def _load_checkpoints(run_dir: Path) -> dict[str, Any]:
 def _write_metrics(run_dir: Path) -> None:
     """Join what the CSV logger wrote, a folder for each start of the run, into ``metrics.csv``.
 
-    A resumed run goes back to the end of the last finished epoch; what an earlier start logged after that step is dropped.
+    A resumed run goes back to the end of the last finished epoch; what an earlier start logged after that step is
+    dropped.
     """
     parts: list[pd.DataFrame] = []
     folders = sorted((run_dir / "logs").glob("version_*"), key=lambda path: int(path.name.split("_")[1]))
@@ -178,7 +198,12 @@ def _write_metrics(run_dir: Path) -> None:
 
 def _remove_outputs(run_dir: Path) -> None:
     """Remove the files of an earlier run in this folder, so that the two do not mix; nothing else in it is touched."""
-    names = ["results.json", "rows.parquet", "metrics.csv", *(f"checkpoints/{name}.ckpt" for name in CHECKPOINTS)]
+    names = [
+        "results.json",
+        "rows.parquet",
+        "metrics.csv",
+        *(f"checkpoints/{name}.ckpt" for name in CHECKPOINTS),
+    ]
     for path in [run_dir / name for name in names] + list(run_dir.glob("logs/version_*/metrics.csv")):
         path.unlink(missing_ok=True)
 
@@ -224,7 +249,14 @@ def report(run_dir: Path, by: str, count: int) -> None:
     if scores is None:
         raise SystemExit(f"dataparams: this run has no {by}: choose another with --by")
     worst = rows.loc[scores.sort_values(ascending=False).index[:count]]
-    shown = ["index", "id", "given_label", "true_label", "is_corrupt", *(f"{c}_last" for c, _ in DETECTORS.values())]
+    shown = [
+        "index",
+        "id",
+        "given_label",
+        "true_label",
+        "is_corrupt",
+        *(f"{c}_last" for c, _ in DETECTORS.values()),
+    ]
     print(f"most suspicious by {by.replace('_', ' ')} at the last epoch:")
     print(worst[[name for name in shown if name in worst]].to_string(index=False, float_format="%.3f"))
     print("\n".join(["", *map(str, paths), str(run_dir / "rows.parquet")]))
@@ -237,7 +269,9 @@ def list_choices() -> str:
         lines.append(f"{group}:")
         for path in sorted(files("dataparams.conf").joinpath(group).iterdir(), key=lambda path: path.name):
             if path.name.endswith(".yaml"):
-                comments = [line for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
+                comments = [
+                    line for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line
+                ]
                 lines.append(f"  {path.name.removesuffix('.yaml'):<18}{comments[0][2:] if comments else ''}".rstrip())
     return "\n".join(lines)
 
@@ -247,10 +281,17 @@ def _parser(command: str) -> argparse.ArgumentParser:
     if command == "report":
         parser.description = "Plots and the most suspicious samples of a finished run."
         parser.add_argument("folder", type=Path, metavar="RUN")
-        parser.add_argument("--by", choices=sorted(DETECTORS), default="mean_loss", help="the ranking (default: %(default)s)")
+        parser.add_argument(
+            "--by",
+            choices=sorted(DETECTORS),
+            default="mean_loss",
+            help="the ranking (default: %(default)s)",
+        )
         parser.add_argument("-k", type=int, default=20, help="how many samples (default: %(default)s)")
     else:
-        parser.description = "The table of a sweep: mean, deviation, paired difference to a baseline. Writes summary.csv."
+        parser.description = (
+            "The table of a sweep: mean, deviation, paired difference to a baseline. Writes summary.csv."
+        )
         parser.add_argument("folder", type=Path, metavar="SWEEP")
         parser.add_argument("--baseline", default="none", help="the method subtracted (default: %(default)s)")
     return parser
@@ -267,7 +308,11 @@ def main() -> None:
             if command == "report":
                 report(options.folder, options.by, options.k)
             else:
-                print(compare(options.folder, options.baseline), options.folder / "summary.csv", sep="\n\n")
+                print(
+                    compare(options.folder, options.baseline),
+                    options.folder / "summary.csv",
+                    sep="\n\n",
+                )
         except (FileNotFoundError, ValueError) as error:
             raise SystemExit(f"dataparams: {error}") from None
     else:

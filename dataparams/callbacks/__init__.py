@@ -1,8 +1,16 @@
 """Method callbacks: one file a method, each with its card at the top."""
 
-from dataparams.callbacks.baselines import ELR, GCE, LabelSmoothing, SuperLoss
 from dataparams.callbacks.base import MethodCallback
+from dataparams.callbacks.baselines import ELR, GCE, LabelSmoothing, SuperLoss
 from dataparams.callbacks.data_parameters import DataParameters
 from dataparams.callbacks.training_dynamics import TrainingDynamics
 
-__all__ = ["ELR", "GCE", "DataParameters", "LabelSmoothing", "MethodCallback", "SuperLoss", "TrainingDynamics"]
+__all__ = [
+    "ELR",
+    "GCE",
+    "DataParameters",
+    "LabelSmoothing",
+    "MethodCallback",
+    "SuperLoss",
+    "TrainingDynamics",
+]

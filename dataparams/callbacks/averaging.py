@@ -25,8 +25,8 @@ def ramped_ema(decay: float, average: Tensor, current: Tensor, num_averaged: int
 class AveragedWeights(WeightAveraging):
     """Lightning's weight averaging, except that validation and the end of the fit keep the raw weights.
 
-    Lightning's own callback swaps the average in wherever the model is evaluated, so that one run shows one of the two. Here
-    the averaged copy sees every validation batch right after the model and logs ``val_accuracy_ema`` next to
+    Lightning's own callback swaps the average in wherever the model is evaluated, so that one run shows one of the
+    two. Here the averaged copy sees every validation batch right after the model and logs ``val_accuracy_ema`` next to
     ``val_accuracy``. In checkpoints ``state_dict`` holds the average, ``current_model_state`` the raw weights, as in
     Lightning. For modules that map ``batch[0]`` to logits and have labels in ``batch[1]``.
 

@@ -33,10 +33,11 @@ class MethodCallback(L.Callback):
     """Base of the method callbacks. A method overrides :meth:`make_tables`, :meth:`stages` and :meth:`columns`.
 
     Args:
-        criterion: the loss: attribute name on the module, the loss module itself, or one of torch's loss functions when it is
-            called inline. Default: the module's only loss module, else whichever of torch's losses ``training_step`` calls.
-        index_key: where the batch holds ids: dictionary key, tuple position, attribute or ``batch -> ids``. Default: the
-            position in the training data set, followed through the loader.
+        criterion: the loss: attribute name on the module, the loss module itself, or one of torch's loss functions
+            when it is called inline. Default: the module's only loss module, else whichever of torch's losses
+            ``training_step`` calls.
+        index_key: where the batch holds ids: dictionary key, tuple position, attribute or ``batch -> ids``. Default:
+            the position in the training data set, followed through the loader.
         ids: all training ids in row order, where they are strings or not row numbers.
         num_rows: number of samples, where the data set cannot tell.
         storage: where tables live: ``"device"``, ``"pinned"`` host memory or ``"mmap"`` files in ``storage_dir``.
@@ -91,7 +92,10 @@ class MethodCallback(L.Callback):
 
     def scores(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
         """Detectors of wrong labels, higher is more suspicious."""
-        return {"mean_loss": frame["mean_loss"].to_numpy(), "margin": -frame["mean_margin"].to_numpy()}
+        return {
+            "mean_loss": frame["mean_loss"].to_numpy(),
+            "margin": -frame["mean_margin"].to_numpy(),
+        }
 
     # -- life cycle, in Lightning's order ---------------------------------------------------------------------------
 
@@ -127,8 +131,10 @@ class MethodCallback(L.Callback):
             self._build(num_rows, device)
         elif self.num_rows_built != num_rows:
             raise ValueError(
-                f"{type(self).__name__} holds rows for {self.num_rows_built} samples, from a checkpoint or an earlier fit, but the "
-                f"training data has {num_rows}: the rows would meet other samples. Train on the same data set, or start anew with a new "
+                f"{type(self).__name__} holds rows for {self.num_rows_built} samples, from a checkpoint or an "
+                "earlier fit, but the "
+                f"training data has {num_rows}: the rows would meet other samples. Train on the same data set, or "
+                "start anew with a new "
                 "callback and without the checkpoint; ids=[...] with index_key= follows samples whatever their order"
             )
         for table in self.tables.values():
@@ -139,7 +145,11 @@ class MethodCallback(L.Callback):
             optimizer.gather = VisitGather(device) if trainer.world_size > 1 else None
         state = sum(b.numel() * b.element_size() for o in self.optimizers for s in o.row_state for b in s.values())
         size = sum(table.nbytes for table in self.tables.values()) + state
-        where = {"device": str(device), "pinned": "pinned host memory", "mmap": f"files in {self.storage_dir}"}[self.storage]
+        where = {
+            "device": str(device),
+            "pinned": "pinned host memory",
+            "mmap": f"files in {self.storage_dir}",
+        }[self.storage]
         rank_zero_info(
             f"{type(self).__name__}: {num_rows:,} samples; tables with optimizer state {size / 1e6:.2f} MB on {where}, "
             f"training dynamics {num_rows * BYTES_PER_ROW / 1e6:.2f} MB on {device}"
@@ -168,12 +178,19 @@ class MethodCallback(L.Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         for rows in self.optimizers:
             if scaler is not None and any(table.visited() for table in rows.tables):
-                # Only unscale: the row optimizer's own check for non-finite gradients is the same on all processes, where
-                # scaler.step() would skip on one and leave the others waiting.
+                # Only unscale: the row optimizer's own check for non-finite gradients is the same on all processes,
+                # where scaler.step() would skip on one and leave the others waiting.
                 scaler.unscale_(rows)
             rows.step()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         """Record training dynamics; log the batch's rows at the trainer's interval."""
         session = self._session
         if session is None:
@@ -183,7 +200,10 @@ class MethodCallback(L.Callback):
         step = trainer.global_step
         if trainer.loggers and step != self._last_logged and step % trainer.log_every_n_steps == 0:
             self._last_logged = step
-            log_metrics(trainer, {f"{self.log_name}/batch_{k}": v for k, v in self._statistics(session.tracker.current).items()})
+            log_metrics(
+                trainer,
+                {f"{self.log_name}/batch_{k}": v for k, v in self._statistics(session.tracker.current).items()},
+            )
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the whole tables; warn once where rows have hardly moved."""
@@ -216,7 +236,10 @@ class MethodCallback(L.Callback):
     def log_name(self) -> str:
         """Prefix of the logged metrics, ``data_parameters`` for ``DataParameters``."""
         name = type(self).__name__
-        return "".join("_" + c.lower() if c.isupper() and i and not name[i - 1].isupper() else c.lower() for i, c in enumerate(name))
+        return "".join(
+            "_" + c.lower() if c.isupper() and i and not name[i - 1].isupper() else c.lower()
+            for i, c in enumerate(name)
+        )
 
     def _statistics(self, batches: list[Tensor] | None) -> dict[str, Tensor]:
         """Mean, spread, extremes and travel of the rows: of the current batch (O(batch)), or of the whole tables."""
@@ -231,7 +254,13 @@ class MethodCallback(L.Callback):
             low, high = torch.aminmax(values)
             spread = values.std(correction=0)
             travel = (values - table.init).abs().mean()
-            statistics |= {f"{name}_mean": values.mean(), f"{name}_std": spread, f"{name}_min": low, f"{name}_max": high, f"{name}_travel": travel}
+            statistics |= {
+                f"{name}_mean": values.mean(),
+                f"{name}_std": spread,
+                f"{name}_min": low,
+                f"{name}_max": high,
+                f"{name}_travel": travel,
+            }
         return statistics
 
     def _warn_if_inert(self) -> None:
@@ -244,7 +273,8 @@ class MethodCallback(L.Callback):
             if values.numel() and (travel := (values.float() - table.init).abs().mean().item()) < MIN_TRAVEL:
                 self._warned_inert = True
                 warnings.warn(
-                    f"{type(self).__name__}: {name} has moved by {travel:.1g} on average after an epoch, which is next to nothing. "
+                    f"{type(self).__name__}: {name} has moved by {travel:.1g} on average after an epoch, which is "
+                    "next to nothing. "
                     "Raise lr (with grad_scale='mean' the step per visit is lr / batch size), or train longer.",
                     stacklevel=2,
                 )
@@ -277,7 +307,8 @@ class MethodCallback(L.Callback):
             self._build(num_rows, torch.device("cpu"))
         if set(state_dict["tables"]) != set(self.tables):
             raise ValueError(
-                f"the checkpoint's {type(self).__name__} has tables {sorted(state_dict['tables'])}, this one {sorted(self.tables)}: "
+                f"the checkpoint's {type(self).__name__} has tables {sorted(state_dict['tables'])}, this one "
+                f"{sorted(self.tables)}: "
                 "make it with the arguments that it was trained with"
             )
         for name, table in self.tables.items():
@@ -294,7 +325,14 @@ class MethodCallback(L.Callback):
 
     # -- what the user gets ----------------------------------------------------------------------------------------
 
-    def loss(self, logits: Tensor, target: Tensor, index: Any, loss_fn: Callable[..., Tensor] = F.cross_entropy, **options: Any) -> Tensor:
+    def loss(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        index: Any,
+        loss_fn: Callable[..., Tensor] = F.cross_entropy,
+        **options: Any,
+    ) -> Tensor:
         """Compute a loss with its rows named: the explicit way in.
 
         Args:
@@ -308,7 +346,9 @@ class MethodCallback(L.Callback):
             RuntimeError: called outside of ``trainer.fit``.
         """
         if self._session is None:
-            raise RuntimeError(f"{type(self).__name__}.loss works inside trainer.fit; elsewhere use dataparams.functional and RowSGD")
+            raise RuntimeError(
+                f"{type(self).__name__}.loss works inside trainer.fit; elsewhere use dataparams.functional and RowSGD"
+            )
         if not torch.is_grad_enabled():
             return loss_fn(logits, target, **options)
         rows = rows_of(index, self._session.tracker.row_ids)
@@ -317,21 +357,28 @@ class MethodCallback(L.Callback):
     def to_frame(self) -> pd.DataFrame:
         """One line a sample, in row order.
 
-        Columns ``index`` (row), ``id`` (the user's id; for a ``Subset`` the position in the data set below), ``given_label``,
-        ``visits``, ``mean_loss``, ``mean_margin``, ``forgetting_events``, ``confidence``, ``variability``, and the method's own.
+        Columns ``index`` (row), ``id`` (the user's id; for a ``Subset`` the position in the data set below),
+        ``given_label``, ``visits``, ``mean_loss``, ``mean_margin``, ``forgetting_events``, ``confidence``,
+        ``variability``, and the method's own.
 
         Raises:
             RuntimeError: nothing was trained or restored yet.
         """
         if self.dynamics is None:
-            raise RuntimeError(f"{type(self).__name__} has no rows yet: train first, or load_state_dict from a checkpoint")
+            raise RuntimeError(
+                f"{type(self).__name__} has no rows yet: train first, or load_state_dict from a checkpoint"
+            )
         names = self.row_ids.names if self.row_ids is not None else self.known_ids
         frame = self.dynamics.to_frame()
         if names is not None:  # tables of growing ids are larger than what was seen
             frame = frame.iloc[: len(names)].copy()
         index = np.arange(len(frame))
         frame.insert(0, "index", index)
-        frame.insert(1, "id", names if names is not None else (self.base_positions if self.base_positions is not None else index))
+        frame.insert(
+            1,
+            "id",
+            names if names is not None else (self.base_positions if self.base_positions is not None else index),
+        )
         return frame.assign(**{name: column[: len(frame)] for name, column in self.columns(frame).items()})
 
     def suspects(self, k: int | None = 100, by: str = "mean_loss") -> pd.DataFrame:
@@ -350,7 +397,9 @@ class MethodCallback(L.Callback):
         if by not in scores:
             raise ValueError(f"by={by!r} is not a score of {type(self).__name__}; choose from {sorted(scores)}")
         frame["score"] = scores[by]
-        return frame.sort_values("score", ascending=False, na_position="last", kind="stable").head(len(frame) if k is None else k)
+        return frame.sort_values("score", ascending=False, na_position="last", kind="stable").head(
+            len(frame) if k is None else k
+        )
 
     def auroc(self, is_corrupt: Any) -> dict[str, float]:
         """How well each score finds the wrong labels, where the truth is known.

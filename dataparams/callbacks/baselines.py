@@ -1,11 +1,12 @@
 """What data parameters should be held against: four robust losses, as callbacks in the same place.
 
 What is learned: nothing a sample for ``SuperLoss``, ``GCE`` and ``LabelSmoothing``; a moving average of the model's own
-predictions, N x C, for ``ELR``. How to use: ``Trainer(callbacks=[ELR()])``, like any method. All keep the training dynamics
-and give the same table. They replace the per-sample losses after temperatures have scaled the logits, so that they combine
-with data parameters; two of them at once make no sense.
+predictions, N x C, for ``ELR``. How to use: ``Trainer(callbacks=[ELR()])``, like any method. All keep the training
+dynamics and give the same table. They replace the per-sample losses after temperatures have scaled the logits, so that
+they combine with data parameters; two of them at once make no sense.
 
-When it helps: ELR and GCE are strong under symmetric label noise and need no early stopping (see the README). SuperLoss and
+When it helps: ELR and GCE are strong under symmetric label noise and need no early stopping (see the README).
+    SuperLoss and
 GCE keep no state at all. Sources: :mod:`dataparams.functional.superloss`, ``.gce``, ``.elr``, ``.label_smoothing``.
 """
 
@@ -52,7 +53,9 @@ class _LossBaseline(MethodCallback):
         """
         criterion, target = call.criterion, call.target
         if criterion.kind not in ("cross_entropy", "nll") or target.is_floating_point():
-            raise ValueError(f"{type(self).__name__} needs cross-entropy over class indices, but {criterion.name} is something else")
+            raise ValueError(
+                f"{type(self).__name__} needs cross-entropy over class indices, but {criterion.name} is something else"
+            )
         counted = target != criterion.ignore_index
         safe = torch.where(counted, target, torch.zeros_like(target))
         weight = counted.to(call.input.dtype)
@@ -78,7 +81,9 @@ class SuperLoss(_LossBaseline):
     def after(self, call: LossCall) -> None:
         """sigma* from each element's loss."""
         if self.tau is None and call.criterion.kind not in ("cross_entropy", "nll"):
-            raise ValueError(f"SuperLoss knows tau by itself for cross-entropy only; give tau= for {call.criterion.name}")
+            raise ValueError(
+                f"SuperLoss knows tau by itself for cross-entropy only; give tau= for {call.criterion.name}"
+            )
         tau = math.log(call.input.shape[1]) if self.tau is None else self.tau
         losses = superloss(call.elementwise(), tau, self.lam)
         if not call.target.is_floating_point():
@@ -149,7 +154,9 @@ class ELR(_LossBaseline):
     def after(self, call: LossCall) -> None:
         """Cross-entropy + lam log(1 - <p, t>), with t brought up to date."""
         if call.input.dim() != 2:
-            raise ValueError(f"ELR takes one prediction a sample, (B, C); got logits of shape {tuple(call.input.shape)}")
+            raise ValueError(
+                f"ELR takes one prediction a sample, (B, C); got logits of shape {tuple(call.input.shape)}"
+            )
         _, weight = self._class_targets(call)
         averages = self._table(call)
         index = call.index.to(averages.values.device)
@@ -168,7 +175,14 @@ class ELR(_LossBaseline):
         return ParameterTable(num_rows, (num_classes,), **self.table_storage("averages", device))
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         """Write the batch's averages, those of all processes alike."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         seen, self._seen = self._seen, []

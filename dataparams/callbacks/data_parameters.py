@@ -1,7 +1,8 @@
 """Data parameters: a learnable temperature per class and per instance.
 
 What is learned: log sigma, one number a sample (``level="instance"``), a class, or both; logits are divided by sigma in
-training and by nothing in evaluation. A sample whose target keeps losing gets a higher temperature and a smaller gradient.
+training and by nothing in evaluation. A sample whose target keeps losing gets a higher temperature and a smaller
+gradient.
 
 How to use::
 
@@ -10,12 +11,15 @@ How to use::
     trainer.callbacks[0].suspects(50)
 
 When it helps: under label noise, against training that is not stopped early (see the README for figures). When it does
-not: against early-stopped training the gain is small; on clean data there is none. Early stopping still belongs to it, for
+not: against early-stopped training the gain is small; on clean data there is none. Early stopping still belongs to it,
+    for
 sigma falls again once a wrong label is memorised.
 
-Suggested settings: the defaults (0.02 a visit, log sigma in [-0.5, 3]) did least harm in our runs. Under strong noise and few
-epochs ``lr=0.094`` with ``bounds=(-3, 3)`` is stronger and can diverge at a high model rate. ``preset="paper"`` is for the
-paper's schedules: with a mean loss a visit's step is lr / batch size, 0.0016 there, which does nothing in 20 to 40 epochs.
+Suggested settings: the defaults (0.02 a visit, log sigma in [-0.5, 3]) did least harm in our runs. Under strong noise
+    and few
+epochs ``lr=0.094`` with ``bounds=(-3, 3)`` is stronger and can diverge at a high model rate. ``preset="paper"`` is for
+the paper's schedules: with a mean loss a visit's step is lr / batch size, 0.0016 there, which does nothing in 20 to 40
+epochs.
 
 Works with: every other method (temperatures scale the logits before soft labels, weights and selection act). With a
 regression loss sigma is the noise scale instead.
@@ -28,6 +32,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import lightning as L
 import numpy as np
 import pandas as pd
 import torch
@@ -57,7 +62,13 @@ PAPER: dict[str, dict[str, Any]] = {
     "instance": {"lr": 0.2},
     "class": {"class_lr": 0.1, "class_weight_decay": 1e-4},
     # The released joint init of 0.001 lies below the clamp and becomes 0.05 at the first visit; 0.05 says what happens.
-    "joint": {"class_lr": 0.1, "class_weight_decay": 1e-4, "lr": 0.8, "weight_decay": 1e-8, "init": 0.05},
+    "joint": {
+        "class_lr": 0.1,
+        "class_weight_decay": 1e-4,
+        "lr": 0.8,
+        "weight_decay": 1e-8,
+        "init": 0.05,
+    },
 }
 
 
@@ -69,15 +80,15 @@ class DataParameters(MethodCallback):
         level: ``"instance"``, ``"class"`` or ``"joint"`` (sigma = exp(s_class) + exp(t_instance)).
         preset: ``"paper"`` takes the released code's settings for the level; arguments given beside it win.
         lr: instances' rate, at least 0; default 0.02. With ``grad_scale="instance"`` a rate per visit.
-        class_lr: classes' rate; default 0.02. With ``grad_scale="instance"`` the gradient is averaged over a class's members
-            in the batch, so that the number of classes does not change the rate.
+        class_lr: classes' rate; default 0.02. With ``grad_scale="instance"`` the gradient is averaged over a class's
+            members in the batch, so that the number of classes does not change the rate.
         momentum: in [0, 1); default 0.9. It advances when a row is visited.
         weight_decay: pulls visited log temperatures of instances to 0; default 0.
         class_weight_decay: the same for classes; default 0.
         init: initial temperature of instances (not its log), positive; default 1.
         class_init: initial temperature of classes; default 1. With ``level="joint"`` the two add.
-        bounds: of every log temperature; default (-0.5, 3). Wider lower bounds let gradients of well-fitted samples grow
-            1 / sigma times, and training can diverge.
+        bounds: of every log temperature; default (-0.5, 3). Wider lower bounds let gradients of well-fitted samples
+            grow 1 / sigma times, and training can diverge.
         grad_scale: ``"instance"`` (default) or the paper's ``"mean"``, see :class:`dataparams.optim.RowSGD`.
         **options: ``criterion``, ``index_key``, ``ids``, ``num_rows``, ``storage``, ``storage_dir``: see
             :class:`dataparams.callbacks.base.MethodCallback`.
@@ -131,9 +142,11 @@ class DataParameters(MethodCallback):
             log_init = math.log(settings[name])
             if not low - 1e-6 <= log_init <= high + 1e-6:
                 raise ValueError(
-                    f"{name}={settings[name]:g} has log {log_init:.3f}, outside bounds=({low:g}, {high:g}); the first visit would clamp it. "
+                    f"{name}={settings[name]:g} has log {log_init:.3f}, outside bounds=({low:g}, {high:g}); the "
+                    "first visit would clamp it. "
                     "Widen the bounds or move the init"
                 )
+        self.label_overflow: Tensor | None = None
         # also checks rates, momentum and bounds, before any training
         self._make_tables(1, torch.device("cpu"), storage={})
         self.tables, self.optimizers = {}, []
@@ -157,7 +170,9 @@ class DataParameters(MethodCallback):
         if self.level != "class":
             table = ParameterTable(num_rows, init=log_init("init"), bounds=(low, high), **storage)
             self.tables["log_temperature"] = table
-            self.optimizers.append(RowSGD([table], s["lr"], s["momentum"], s["weight_decay"], grad_scale=s["grad_scale"]))
+            self.optimizers.append(
+                RowSGD([table], s["lr"], s["momentum"], s["weight_decay"], grad_scale=s["grad_scale"])
+            )
         if self.level != "instance":
             assert self.num_classes is not None
             table = ParameterTable(self.num_classes, init=log_init("class_init"), bounds=(low, high), device=device)
@@ -165,13 +180,27 @@ class DataParameters(MethodCallback):
             duplicates = "mean" if s["grad_scale"] == "instance" else "sum"
             self.optimizers.append(
                 RowSGD(
-                    [table], s["class_lr"], s["momentum"], s["class_weight_decay"], grad_scale=s["grad_scale"], duplicates=duplicates
+                    [table],
+                    s["class_lr"],
+                    s["momentum"],
+                    s["class_weight_decay"],
+                    grad_scale=s["grad_scale"],
+                    duplicates=duplicates,
                 )
             )
 
     def stages(self) -> list[Stage]:
         """Scale the logits."""
         return [_Temperature(self)]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Also look for labels outside the classes, which on an accelerator are not looked for in the step."""
+        overflow, self.label_overflow = self.label_overflow, None
+        if overflow is not None and bool(overflow):
+            raise ValueError(
+                f"some labels do not fit num_classes={self.num_classes} (labels 0 to {(self.num_classes or 0) - 1})"
+            )
+        super().on_train_epoch_end(trainer, pl_module)
 
     def columns(self, frame: pd.DataFrame) -> dict[str, Any]:
         """``log_temperature`` = log sigma of the sample; for ``joint`` also its two parts."""
@@ -208,7 +237,11 @@ class _Temperature:
         labels = self._labels(call)
         tables = self.method.tables
         log_instance = call.rows(tables["log_temperature"]) if "log_temperature" in tables else None
-        log_class = self._class_rows(call, labels, tables["class_log_temperature"]) if "class_log_temperature" in tables else None
+        log_class = (
+            self._class_rows(call, labels, tables["class_log_temperature"])
+            if "class_log_temperature" in tables
+            else None
+        )
         if log_instance is not None and log_class is not None:
             log_instance = broadcast_rows(log_instance, log_class)
         sigma = temperature(log_instance, log_class)
@@ -216,7 +249,10 @@ class _Temperature:
             sigma = sigma.unsqueeze(1)  # (B, d1, ...) -> (B, 1, d1, ...), beside the class dimension
         if kind in REGRESSION_LOG_COEFFICIENT:
             scale = broadcast_rows(sigma, call.input)
-            call.input, call.target = (call.input / scale).to(call.input.dtype), (call.target / scale).to(call.target.dtype)
+            call.input, call.target = (
+                (call.input / scale).to(call.input.dtype),
+                (call.target / scale).to(call.target.dtype),
+            )
             call.log_terms.append(REGRESSION_LOG_COEFFICIENT[kind] * sigma.log())
         elif kind == "nll":
             call.input = scale_log_probs(call.input, sigma)
@@ -227,21 +263,38 @@ class _Temperature:
         pass
 
     def _labels(self, call: LossCall) -> Tensor | None:
-        """Class of each element, -1 where it carries no loss; None for regression and where there is nothing to check."""
+        """Class of each element, -1 where it carries no loss; None for regression and where there is nothing to
+        check."""
         kind, target = call.criterion.kind, call.target
         if kind in REGRESSION_LOG_COEFFICIENT:
             if self.method.level != "instance":
-                raise ValueError(f"level={self.method.level!r} needs classes, but {call.criterion.name} is a regression loss; use level='instance'")
+                raise ValueError(
+                    f"level={self.method.level!r} needs classes, but {call.criterion.name} is a regression loss; use "
+                    "level='instance'"
+                )
             return None
         if kind == "bce":
             positive = target > 0.5
-            return positive.long() if target.dim() == 1 else torch.arange(target[0].numel(), device=target.device).expand(len(target), -1)
+            return (
+                positive.long()
+                if target.dim() == 1
+                else torch.arange(target[0].numel(), device=target.device).expand(len(target), -1)
+            )
         labels = target.argmax(1) if target.is_floating_point() else target
-        if self.method.num_classes is not None and labels.device.type == "cpu" and labels.numel():
-            counted = labels[labels != call.criterion.ignore_index]
-            if counted.numel() and int(counted.max()) >= self.method.num_classes:
-                raise ValueError(f"label {int(counted.max())} does not fit num_classes={self.method.num_classes} (labels 0 to {self.method.num_classes - 1})")
-        return torch.where(labels == call.criterion.ignore_index, torch.full_like(labels, -1), labels)
+        labels = torch.where(labels == call.criterion.ignore_index, torch.full_like(labels, -1), labels)
+        if self.method.num_classes is not None and labels.numel():
+            self._check(labels, self.method.num_classes)
+        return labels
+
+    def _check(self, labels: Tensor, num_classes: int) -> None:
+        largest = labels.max()
+        if labels.device.type != "cpu":  # looking would stall the device; the epoch's end looks
+            over, before = largest >= num_classes, self.method.label_overflow
+            self.method.label_overflow = over if before is None else before | over
+        elif int(largest) >= num_classes:
+            raise ValueError(
+                f"label {int(largest)} does not fit num_classes={num_classes} (labels 0 to {num_classes - 1})"
+            )
 
     def _class_rows(self, call: LossCall, labels: Tensor | None, table: ParameterTable) -> Tensor:
         assert labels is not None

@@ -12,7 +12,8 @@ from torch import Tensor
 class NonFiniteGuard:
     """Warns with the rows of samples whose loss was NaN or infinite.
 
-    On CUDA the flags travel to the host behind the computation and are read once they have arrived, a step or two later.
+    On CUDA the flags travel to the host behind the computation and are read once they have arrived, a step or two
+    later.
     """
 
     def __init__(self) -> None:
@@ -57,7 +58,8 @@ class NonFiniteGuard:
             self._told.update(rows)
             shown = ", ".join(map(str, rows[:10])) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
             warnings.warn(
-                f"the loss of the samples with row {shown} is not finite; the rows of this step stay untouched. Look at these samples, "
+                f"the loss of the samples with row {shown} is not finite; the rows of this step stay untouched. Look "
+                "at these samples, "
                 "lower the model's learning rate, or raise the lower bound of the temperatures.",
                 stacklevel=2,
             )

@@ -22,13 +22,21 @@ from dataparams.distributed import all_gather_rows
 from dataparams.dynamics import DynamicsTable
 from dataparams.functional.dynamics import Observation
 from dataparams.index import IndexTracker
-from dataparams.objective import FUNCTION_KINDS, MODULE_KINDS, REGRESSION_KINDS, Criterion, LossCall, Objective
+from dataparams.objective import (
+    FUNCTION_KINDS,
+    MODULE_KINDS,
+    REGRESSION_KINDS,
+    Criterion,
+    LossCall,
+    Objective,
+)
 
 if TYPE_CHECKING:
     from dataparams.callbacks.base import MethodCallback
 
 WAYS_IN = (
-    "There are three ways in: (1) give the module a loss module (self.criterion = nn.CrossEntropyLoss()) or name it with "
+    "There are three ways in: (1) give the module a loss module (self.criterion = nn.CrossEntropyLoss()) or name it "
+    "with "
     'criterion="attribute"; (2) call F.cross_entropy, F.nll_loss or another of torch\'s losses inside training_step; '
     "(3) compute the loss with callback.loss(logits, target, index=...)."
 )
@@ -49,7 +57,8 @@ class _LossMode(TorchFunctionMode):
 
 
 def _make_hooks(session: Session, criterion: Criterion) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    # Plain functions over a weak reference: a bound method would be deep-copied with the module (weight averaging does that).
+    # Plain functions over a weak reference: a bound method would be deep-copied with the module (weight averaging does
+    # that).
     ref = weakref.ref(session)
 
     @torch.compiler.disable
@@ -135,7 +144,10 @@ class Session:
         if "training_step" in trainer.strategy.__dict__:
             return
         if "dataloader_iter" in inspect.signature(module.training_step).parameters:
-            raise ValueError("training_step(dataloader_iter) hides the batches; take (batch, batch_idx) to train with method callbacks")
+            raise ValueError(
+                "training_step(dataloader_iter) hides the batches; take (batch, batch_idx) to train with method "
+                "callbacks"
+            )
         self.objective = Objective([stage for member in self.members for stage in member.stages()])
         self.objective.observer = self._record
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -180,11 +192,16 @@ class Session:
             try:
                 wanted = attrgetter(wanted)(module)
             except AttributeError:
-                raise ValueError(f"criterion={wanted!r}: {type(module).__name__} has no such attribute. {WAYS_IN}") from None
+                raise ValueError(
+                    f"criterion={wanted!r}: {type(module).__name__} has no such attribute. {WAYS_IN}"
+                ) from None
         if wanted is None:
             wanted = self._search(module)
         if isinstance(wanted, nn.Module):
-            name = next((f"self.{name}" for name, child in module.named_modules() if child is wanted), type(wanted).__name__)
+            name = next(
+                (f"self.{name}" for name, child in module.named_modules() if child is wanted),
+                type(wanted).__name__,
+            )
             criterion = Criterion.of_module(wanted, name)
             self._criterion_name = name
             before, after = _make_hooks(self, criterion)
@@ -195,17 +212,24 @@ class Session:
         elif wanted in FUNCTION_KINDS:
             self._functions = {wanted}
         else:
-            raise ValueError(f"criterion={wanted!r} is neither a loss module nor one of torch's loss functions. {WAYS_IN}")
+            raise ValueError(
+                f"criterion={wanted!r} is neither a loss module nor one of torch's loss functions. {WAYS_IN}"
+            )
 
     def _search(self, module: L.LightningModule) -> nn.Module | None:
         found = {name: child for name, child in module.named_modules() if isinstance(child, tuple(MODULE_KINDS))}
         classifying = {
-            name: child for name, child in found.items() if not isinstance(child, tuple(k for k, v in MODULE_KINDS.items() if v in REGRESSION_KINDS))
+            name: child
+            for name, child in found.items()
+            if not isinstance(child, tuple(k for k, v in MODULE_KINDS.items() if v in REGRESSION_KINDS))
         }
         candidates = classifying or found
         if len(candidates) > 1:
             names = ", ".join(f"self.{name} ({type(child).__name__})" for name, child in candidates.items())
-            raise ValueError(f'{type(module).__name__} has several loss modules: {names}; name the one that trains with criterion="..."')
+            raise ValueError(
+                f"{type(module).__name__} has several loss modules: {names}; name the one that trains with "
+                'criterion="..."'
+            )
         return next(iter(candidates.values()), None)
 
     # -- the training step -----------------------------------------------------------------------------------------
@@ -240,7 +264,8 @@ class Session:
         self._used_functions.add(f"F.{function.__name__}")
         if len(self._used_functions) > 1:
             raise ValueError(
-                f"training_step calls {' and '.join(sorted(self._used_functions))}; say which one carries the rows, for example "
+                f"training_step calls {' and '.join(sorted(self._used_functions))}; say which one carries the rows, "
+                "for example "
                 "criterion=torch.nn.functional.cross_entropy"
             )
         index = self.tracker.index_for(input.shape[0] if input.dim() else 1, f"F.{function.__name__}")
@@ -255,12 +280,16 @@ class Session:
         finally:
             self.active = was_active
 
-    def begin_module_call(self, criterion: Criterion, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def begin_module_call(
+        self, criterion: Criterion, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before the loss module's forward: its arguments, as the stages want them."""
         names = list(kwargs)
         values = [*args, *kwargs.values()]
         if len(values) < 2:
-            raise ValueError(f"{criterion.name} was called with {len(values)} argument(s); a loss takes (input, target)")
+            raise ValueError(
+                f"{criterion.name} was called with {len(values)} argument(s); a loss takes (input, target)"
+            )
         index = self.tracker.index_for(values[0].shape[0] if values[0].dim() else 1, criterion.name)
         self._calls += 1
         call = self.objective.begin(criterion, values[0], values[1], index)
@@ -276,8 +305,16 @@ class Session:
         if self._ever_called or self._calls or output is None:
             self._ever_called = self._ever_called or self._calls > 0
             return
-        what = f"{self._criterion_name} was found but training_step did not call it" if self._criterion_name else "no loss was found"
-        inline = " If the loss is computed inline, pass criterion=torch.nn.functional.cross_entropy." if self._criterion_name else ""
+        what = (
+            f"{self._criterion_name} was found but training_step did not call it"
+            if self._criterion_name
+            else "no loss was found"
+        )
+        inline = (
+            " If the loss is computed inline, pass criterion=torch.nn.functional.cross_entropy."
+            if self._criterion_name
+            else ""
+        )
         raise RuntimeError(f"{what}, so no row would ever learn.{inline} {WAYS_IN}")
 
     def _grow(self) -> None:

@@ -1,6 +1,7 @@
 """Training dynamics of a batch: what each sample's prediction says about its label, before any method touches the loss.
 
-Sources: forgetting events, Toneva et al., ICLR 2019; confidence and variability, Swayamdipta et al., EMNLP 2020 ("dataset
+Sources: forgetting events, Toneva et al., ICLR 2019; confidence and variability, Swayamdipta et al., EMNLP 2020
+    ("dataset
 cartography"); averaged margin, Pleiss et al., NeurIPS 2020 ("area under the margin", AUM).
 """
 
@@ -42,7 +43,8 @@ def classification(logits: Tensor, target: Tensor, ignore_index: int = -100) -> 
 
     Args:
         logits: ``(B, C)`` or ``(B, C, d1, ...)``; log probabilities do as well.
-        target: class indices ``(B,)`` or ``(B, d1, ...)``, or probabilities shaped like ``logits`` (their mode is the label).
+        target: class indices ``(B,)`` or ``(B, d1, ...)``, or probabilities shaped like ``logits`` (their mode is the
+            label).
         ignore_index: target value of elements that do not count.
     """
     if target.is_floating_point():
@@ -58,11 +60,25 @@ def classification(logits: Tensor, target: Tensor, ignore_index: int = -100) -> 
     margin = logits.gather(-1, safe).squeeze(-1) - others
     confidence = log_prob.exp()
     if single:
-        columns = (-log_prob[:, 0], margin[:, 0], confidence[:, 0], margin[:, 0] > 0, target[:, 0], valid[:, 0])
+        columns = (
+            -log_prob[:, 0],
+            margin[:, 0],
+            confidence[:, 0],
+            margin[:, 0] > 0,
+            target[:, 0],
+            valid[:, 0],
+        )
         return Observation(*columns)
     label = torch.full_like(target[:, 0], -1)
     correct = ((margin > 0) | ~valid).all(1)
-    return Observation(_mean(-log_prob, valid), _mean(margin, valid), _mean(confidence, valid), correct, label, valid.any(1))
+    return Observation(
+        _mean(-log_prob, valid),
+        _mean(margin, valid),
+        _mean(confidence, valid),
+        correct,
+        label,
+        valid.any(1),
+    )
 
 
 def binary_classification(logits: Tensor, target: Tensor) -> Observation:

@@ -1,6 +1,7 @@
 """Early-learning regularisation: a moving average of the model's own predictions keeps it from memorising wrong labels.
 
-Source: S. Liu, J. Niles-Weed, N. Razavian, C. Fernandez-Granda, "Early-Learning Regularization Prevents Memorization of Noisy
+Source: S. Liu, J. Niles-Weed, N. Razavian, C. Fernandez-Granda, "Early-Learning Regularization Prevents Memorization
+    of Noisy
 Labels", NeurIPS 2020, equations 6 and 9, and the released code (probabilities clamped to [1e-4, 1 - 1e-4]).
 """
 
@@ -30,5 +31,6 @@ def elr_target(target: Tensor, probabilities: Tensor, beta: float = 0.7) -> Tens
 
 
 def elr_regularizer(probabilities: Tensor, target: Tensor) -> Tensor:
-    """log(1 - <p, t>) per sample, ``(B,)``: to be added to the cross-entropy, times lambda (3 on CIFAR-10, 7 on CIFAR-100)."""
+    """log(1 - <p, t>) per sample, ``(B,)``: to be added to the cross-entropy, times lambda (3 on CIFAR-10, 7 on
+    CIFAR-100)."""
     return (1 - (probabilities * target).sum(1)).log()

@@ -1,6 +1,7 @@
 """SuperLoss: a closed-form temperature per loss value, without any state per sample.
 
-Source: T. Castells, P. Weinzaepfel, J. Revaud, "SuperLoss: A Generic Loss for Robust Curriculum Learning", NeurIPS 2020,
+Source: T. Castells, P. Weinzaepfel, J. Revaud, "SuperLoss: A Generic Loss for Robust Curriculum Learning", NeurIPS
+    2020,
 equations 1 and 4.
 """
 

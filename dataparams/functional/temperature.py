@@ -68,8 +68,8 @@ class _LogNormalizerShift(torch.autograd.Function):
 def scale_log_probs(log_probs: Tensor, sigma: Tensor) -> Tensor:
     """Log probabilities of softmax(log p / sigma): the temperature for models that end in ``log_softmax``.
 
-    log p / sigma - (logsumexp(log p / sigma) - logsumexp(log p)). The second term vanishes for normalised input; it makes
-    the result equal ``log_probs`` bit for bit at sigma = 1, in value and gradient.
+    log p / sigma - (logsumexp(log p / sigma) - logsumexp(log p)). The second term vanishes for normalised input; it
+    makes the result equal ``log_probs`` bit for bit at sigma = 1, in value and gradient.
 
     Args:
         log_probs: ``(B, C, ...)``, log probabilities over dim 1.
@@ -94,8 +94,8 @@ def data_parameter_loss(
 
     mean_i -log softmax(z_i / sigma_i)[y_i] + wd_inst / 2 * sum_i t_i^2 + wd_class / 2 * sum_i s_{y_i}^2
 
-    The cross-entropy is a mean and the decay a sum over the batch, as in the released code: a class present n times decays
-    n times. At test time nothing is scaled.
+    The cross-entropy is a mean and the decay a sum over the batch, as in the released code: a class present n times
+    decays n times. At test time nothing is scaled.
 
     Args:
         logits: ``(B, C)``.
@@ -115,15 +115,17 @@ def data_parameter_loss(
     return loss
 
 
-# How a noise scale sigma enters a regression loss l(prediction, target) written as l(prediction / sigma, target / sigma)
-# + coefficient * log sigma. The coefficient makes sigma^2 = l (squared error) or sigma = l (absolute error) the fixed point.
+# How a noise scale sigma enters a regression loss l(prediction, target) written as l(prediction / sigma, target /
+# sigma) + coefficient * log sigma. The coefficient makes sigma^2 = l (squared error) or sigma = l (absolute error) the
+# fixed point.
 REGRESSION_LOG_COEFFICIENT = {"mse": 2.0, "l1": 1.0, "smooth_l1": 1.0, "huber": 1.0}
 
 
 def regression_loss(prediction: Tensor, target: Tensor, log_sigma: Tensor, kind: str = "mse") -> Tensor:
     """Per-instance regression loss with a learned noise scale; equal to the plain loss at log_sigma = 0.
 
-    ``mse``: l / sigma^2 + 2 log sigma, twice the Gaussian negative log-likelihood up to a constant; fixed point sigma^2 = l.
+    ``mse``: l / sigma^2 + 2 log sigma, twice the Gaussian negative log-likelihood up to a constant; fixed point
+    sigma^2 = l.
     ``l1``: l / sigma + log sigma, the Laplace one; fixed point sigma = l.
     ``smooth_l1``, ``huber``: the loss of the residual over sigma, + log sigma.
 
@@ -136,9 +138,16 @@ def regression_loss(prediction: Tensor, target: Tensor, log_sigma: Tensor, kind:
     Returns:
         ``(B,)``, means over the other dimensions.
     """
-    loss_fn = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "huber": F.huber_loss}[kind]
+    loss_fn = {
+        "mse": F.mse_loss,
+        "l1": F.l1_loss,
+        "smooth_l1": F.smooth_l1_loss,
+        "huber": F.huber_loss,
+    }[kind]
     sigma = broadcast_rows(log_sigma.exp(), prediction)
     losses = loss_fn(prediction / sigma, target / sigma, reduction="none")
-    return losses.flatten(1).mean(1) + REGRESSION_LOG_COEFFICIENT[kind] * log_sigma if losses.dim() > 1 else losses + (
-        REGRESSION_LOG_COEFFICIENT[kind] * log_sigma
+    return (
+        losses.flatten(1).mean(1) + REGRESSION_LOG_COEFFICIENT[kind] * log_sigma
+        if losses.dim() > 1
+        else losses + (REGRESSION_LOG_COEFFICIENT[kind] * log_sigma)
     )

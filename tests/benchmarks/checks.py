@@ -31,7 +31,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _last_accuracy_and_gain(
-    plain: Sequence[Results], method: Sequence[Results], last: float, gain: float, each: tuple[float, float] | None
+    plain: Sequence[Results],
+    method: Sequence[Results],
+    last: float,
+    gain: float,
+    each: tuple[float, float] | None,
 ) -> list[Check]:
     gains = [100 * (m["test_accuracy_last"] - p["test_accuracy_last"]) for p, m in zip(plain, method, strict=True)]
     lasts = [m["test_accuracy_last"] for m in method]
@@ -52,8 +56,16 @@ def digits_noise(plain: Sequence[Results], method: Sequence[Results]) -> list[Ch
     best = [100 * (m["test_accuracy_best"] - p["test_accuracy_best"]) for p, m in zip(plain, method, strict=True)]
     return [
         *_last_accuracy_and_gain(plain, method, 0.89, 15, (0.84, 8)),
-        Check("AUROC of log temperature at the best epoch, mean", _mean([m["auroc_log_temperature_best"] for m in method]), 0.95),
-        Check("gap of mean log temperature at the last epoch, mean", _mean([m["log_temperature_gap_last"] for m in method]), 2.5),
+        Check(
+            "AUROC of log temperature at the best epoch, mean",
+            _mean([m["auroc_log_temperature_best"] for m in method]),
+            0.95,
+        ),
+        Check(
+            "gap of mean log temperature at the last epoch, mean",
+            _mean([m["log_temperature_gap_last"] for m in method]),
+            2.5,
+        ),
         Check("best against best, points, mean", _mean(best), -0.5),
     ]
 
@@ -62,7 +74,11 @@ def fashion_noise(plain: Sequence[Results], method: Sequence[Results]) -> list[C
     """Fashion-MNIST, first 4,000, 40% symmetric: data parameters against plain training, paired by seed."""
     return [
         *_last_accuracy_and_gain(plain, method, 0.76, 12, None),
-        Check("AUROC of log temperature at the best epoch, mean", _mean([m["auroc_log_temperature_best"] for m in method]), 0.92),
+        Check(
+            "AUROC of log temperature at the best epoch, mean",
+            _mean([m["auroc_log_temperature_best"] for m in method]),
+            0.92,
+        ),
     ]
 
 

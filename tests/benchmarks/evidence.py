@@ -1,7 +1,8 @@
 """``make evidence``: the reference experiments over 5 seeds, and what they show, in RESULTS.md beside this file.
 
-Runs go into ``outputs/evidence``; a second call continues where the first was interrupted. ``--jobs`` runs share the cores.
-``--device`` is a Lightning accelerator. Experiments whose data is not on disk are left out, and RESULTS.md says so.
+Runs go into ``outputs/evidence``; a second call continues where the first was interrupted. ``--jobs`` runs share the
+cores. ``--device`` is a Lightning accelerator. Experiments whose data is not on disk are left out, and RESULTS.md says
+so.
 """
 
 from __future__ import annotations
@@ -53,7 +54,13 @@ def reference_jobs(experiments: list[str]) -> list[Job]:
         extra = ["data.source=lossless"] if experiment == "cifar10" else []
         for seed in SEEDS:
             for method in BASELINES:
-                overrides = (f"experiment={experiment}", f"method={method}", f"seed={seed}", "ema=0.995", *extra)
+                overrides = (
+                    f"experiment={experiment}",
+                    f"method={method}",
+                    f"seed={seed}",
+                    "ema=0.995",
+                    *extra,
+                )
                 jobs.append(Job(f"{experiment}/{method}/seed{seed}", overrides))
     return jobs
 
@@ -72,7 +79,12 @@ def harmless_jobs(experiments: list[str]) -> list[Job]:
                             *(["~tuned.data_parameters"] if method == "data_parameters" else []),
                             *HARMLESS_EXTRA.get(experiment, []),
                         )  # fmt: skip
-                        jobs.append(Job(f"harmless/{experiment}-noise{noise}-rate{rate}/{method}/seed{seed}", overrides))
+                        jobs.append(
+                            Job(
+                                f"harmless/{experiment}-noise{noise}-rate{rate}/{method}/seed{seed}",
+                                overrides,
+                            )
+                        )
     return jobs
 
 
@@ -89,7 +101,13 @@ def run_job(arguments: tuple[Job, Path, str, bool]) -> str | None:
 
     if pin:
         torch.set_num_threads(1)
-    options = ["plots=false", "progress_bar=false", f"run_dir={folder}", f"trainer.accelerator={device}", "resume=true"]
+    options = [
+        "plots=false",
+        "progress_bar=false",
+        f"run_dir={folder}",
+        f"trainer.accelerator={device}",
+        "resume=true",
+    ]
     with initialize_config_module("dataparams.conf", version_base="1.3"):
         cfg = compose("config", overrides=[*job.overrides, *options])
     try:
@@ -116,13 +134,17 @@ def reference_section(root: Path, experiment: str) -> str:
     lines = [
         f"## {TITLES[experiment]}",
         "",
-        "| method | best | last | last − plain | averaged weights, best | averaged weights, last | AUROC log temperature | AUROC mean loss "
+        "| method | best | last | last - plain | averaged weights, best | averaged weights, last | AUROC log "
+        "temperature | AUROC mean loss "
         "| AUROC margin | ms a step |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method in BASELINES:
         runs = read(root, experiment, method)
-        difference = pd.Series([r["test_accuracy_last"] - p["test_accuracy_last"] for r, p in zip(runs, plain, strict=True)]) * 100
+        difference = (
+            pd.Series([r["test_accuracy_last"] - p["test_accuracy_last"] for r, p in zip(runs, plain, strict=True)])
+            * 100
+        )
         gain = "" if method == "none" else f"{difference.mean():+.1f} ± {difference.std():.1f}"
         cells = [_cell(runs, f"test_accuracy_{k}") for k in ("best", "last")] + [gain]
         cells += [_cell(runs, f"test_accuracy_ema_{k}") for k in ("best", "last")]
@@ -131,7 +153,9 @@ def reference_section(root: Path, experiment: str) -> str:
     if experiment in CHECKS:
         checks = CHECKS[experiment](plain, read(root, experiment, "data_parameters"))
         lines += ["", "| asked of `data_parameters` | at least | seen | |", "|---|---|---|---|"]
-        lines += [f"| {c.name} | {c.at_least:g} | {c.seen:.3f} | {'ok' if c.passed else '**missed**'} |" for c in checks]
+        lines += [
+            f"| {c.name} | {c.at_least:g} | {c.seen:.3f} | {'ok' if c.passed else '**missed**'} |" for c in checks
+        ]
     return "\n".join(lines)
 
 
@@ -140,7 +164,8 @@ def harmless_section(root: Path, experiments: list[str]) -> str:
     lines = [
         "## Do the defaults do harm?",
         "",
-        f"Test accuracy at the best noisy-validation epoch, data parameters with their defaults; asked: not below plain training by more than "
+        "Test accuracy at the best noisy-validation epoch, data parameters with their defaults; asked: not below "
+        "plain training by more than "
         f"{-TOLERANCE} points (mean of {len(SEEDS)} seeds).",
         "",
         "| data | noise | model rate | plain, best | data parameters, best | difference | last: difference | |",
@@ -154,12 +179,20 @@ def harmless_section(root: Path, experiments: list[str]) -> str:
                 if not plain or len(plain) != len(method):
                     continue
                 gains = {
-                    k: pd.Series([m[f"test_accuracy_{k}"] - p[f"test_accuracy_{k}"] for p, m in zip(plain, method, strict=True)]) * 100
+                    k: pd.Series(
+                        [m[f"test_accuracy_{k}"] - p[f"test_accuracy_{k}"] for p, m in zip(plain, method, strict=True)]
+                    )
+                    * 100
                     for k in ("best", "last")
                 }
                 verdict = "ok" if gains["best"].mean() >= TOLERANCE else "**missed**"
                 text = [f"{g.mean():+.2f} ± {g.std():.2f}" for g in gains.values()]
-                cells = [_cell(plain, "test_accuracy_best"), _cell(method, "test_accuracy_best"), *text, verdict]
+                cells = [
+                    _cell(plain, "test_accuracy_best"),
+                    _cell(method, "test_accuracy_best"),
+                    *text,
+                    verdict,
+                ]
                 lines.append(f"| {experiment} | {noise:.0%} | {rate} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -168,11 +201,15 @@ def write_results(root: Path, experiments: list[str], missing: list[str], minute
     """RESULTS.md: every table, with seeds, versions and time."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", "scikit-learn"))
     parts = [
-        "# Evidence\n\nWritten by `make evidence`. Clean test accuracy in percent, mean ± standard deviation over seeds "
-        f"{SEEDS[0]} to {SEEDS[-1]}; *best* is the epoch with the highest accuracy on noisy validation labels, *last* the last one. "
-        "The AUROC is that of each score as a detector of wrong labels at the best epoch, computed against the data module's own record. "
+        "# Evidence\n\nWritten by `make evidence`. Clean test accuracy in percent, mean ± standard deviation over "
+        "seeds "
+        f"{SEEDS[0]} to {SEEDS[-1]}; *best* is the epoch with the highest accuracy on noisy validation labels, "
+        "*last* the last one. "
+        "The AUROC is that of each score as a detector of wrong labels at the best epoch, computed against the data "
+        "module's own record. "
         "*Averaged weights*: an exponential moving average (0.995, ramped) kept in the same run.\n\n"
-        f"{date.today()}, {platform.machine()} ({os.cpu_count()} cores), {device}, Python {platform.python_version()}, {packages}. "
+        f"{date.today()}, {platform.machine()} ({os.cpu_count()} cores), {device}, Python "
+        f"{platform.python_version()}, {packages}. "
         f"{minutes:.0f} minutes of this call.",
         *[reference_section(root, experiment) for experiment in experiments],
         harmless_section(root, experiments),
@@ -184,10 +221,26 @@ def write_results(root: Path, experiments: list[str], missing: list[str], minute
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: a run a core)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="runs at a time (default: a run a core)",
+    )
     parser.add_argument("--device", default="cpu", help="Lightning accelerator (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/evidence"), help="folder of the runs (default: %(default)s)")
-    parser.add_argument("--only", nargs="*", default=list(DATA), choices=list(DATA), help="experiments (default: all)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("outputs/evidence"),
+        help="folder of the runs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=list(DATA),
+        choices=list(DATA),
+        help="experiments (default: all)",
+    )
     options = parser.parse_args()
     beside = HERE.parents[1].parent / "shared" / "data"
     if beside.is_dir():
@@ -201,8 +254,21 @@ def main() -> None:
         tasks = [(job, root, options.device, options.jobs > 1) for job in jobs]
         failures = [text for text in tqdm(pool.imap(run_job, tasks), total=len(tasks), unit="run") if text]
     if failures:
-        raise SystemExit("\n".join([f"{len(failures)} of {len(jobs)} runs failed; call again to retry them:", *failures]))
-    write_results(root, experiments, [name for name in options.only if name not in experiments], (time.time() - start) / 60, options.device)
+        raise SystemExit(
+            "\n".join(
+                [
+                    f"{len(failures)} of {len(jobs)} runs failed; call again to retry them:",
+                    *failures,
+                ]
+            )
+        )
+    write_results(
+        root,
+        experiments,
+        [name for name in options.only if name not in experiments],
+        (time.time() - start) / 60,
+        options.device,
+    )
     print(HERE / "RESULTS.md")
 
 

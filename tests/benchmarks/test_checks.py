@@ -16,16 +16,25 @@ from dataparams.optim import RowSGD
 from dataparams.train import run
 
 sys.path.insert(0, str(Path(__file__).parent))
-from checks import digits_noise  # noqa: E402  # benchmarks are scripts, not a package
+from checks import digits_noise  # benchmarks are scripts, not a package
 
 SEED = 0
 # Lightning's advice on workers and intervals is for users, who see it from their own runs
-pytestmark = [pytest.mark.filterwarnings("ignore:.*does not have many workers"), pytest.mark.filterwarnings("ignore:.*logging interval")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*logging interval"),
+]
 
 
 def train(folder: Path, *overrides: str) -> dict[str, Any]:
     with initialize_config_module("dataparams.conf", version_base="1.3"):
-        options = [f"seed={SEED}", "plots=false", "progress_bar=false", "trainer.accelerator=cpu", f"run_dir={folder}"]
+        options = [
+            f"seed={SEED}",
+            "plots=false",
+            "progress_bar=false",
+            "trainer.accelerator=cpu",
+            f"run_dir={folder}",
+        ]
         return run(compose("config", overrides=["experiment=digits_noise", *options, *overrides]))
 
 

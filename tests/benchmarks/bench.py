@@ -1,0 +1,231 @@
+"""``make bench``: what a step costs with rows, as milliseconds and ratios within one run. Nothing here passes or fails.
+
+Variants are timed in turns, several rounds each, and the fastest round counts: other load on the machine only adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dataparams import DataParameters, ParameterTable, RowSGD
+from dataparams.dynamics import BYTES_PER_ROW, DynamicsTable
+from dataparams.objective import Objective
+from dataparams.tasks import resnet18_cifar
+
+BATCH, CLASSES = 128, 10
+ROUNDS = 7
+
+
+def fastest(variants: dict[str, Callable[[], None]], steps: dict[str, int] | int, device: str) -> dict[str, float]:
+    """Milliseconds a step of each variant, its fastest round."""
+    result = dict.fromkeys(variants, float("inf"))
+    for _ in range(ROUNDS):
+        for name, step in variants.items():
+            count = steps if isinstance(steps, int) else steps[name]
+            step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(count):
+                step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            result[name] = min(result[name], (time.perf_counter() - start) / count * 1e3)
+    return result
+
+
+def make_step(num_rows: int, device: str, folder: Path | None) -> Callable[[], None]:
+    """The whole addition to a training step: rows, temperatures, dynamics, row optimizer."""
+    options = {"storage": "mmap", "storage_dir": folder} if folder else {}
+    callback = DataParameters(**options)
+    callback._build(num_rows, torch.device(device))
+    dynamics = DynamicsTable(num_rows, device)
+    objective = Objective(callback.stages())
+    objective.observer = lambda index, seen: dynamics.update(index.to(device), seen)
+    logits = torch.randn(BATCH, CLASSES, device=device, requires_grad=True)
+    target = torch.randint(0, CLASSES, (BATCH,), device=device)
+
+    def step() -> None:
+        index = torch.randint(0, num_rows, (BATCH,))
+        objective(F.cross_entropy, index, logits, target).backward()
+        callback.optimizers[0].step()
+        logits.grad = None
+
+    return step
+
+
+def make_dense_step(num_rows: int, device: str) -> Callable[[], None]:
+    """The published optimizer's semantics for the same rows: a full-length gradient, momentum and restore of unvisited
+    rows."""
+    values = torch.zeros(num_rows, device=device, requires_grad=True)
+    optimizer = torch.optim.SGD([values], lr=0.1, momentum=0.9)
+    logits = torch.randn(BATCH, CLASSES, device=device)
+    target = torch.randint(0, CLASSES, (BATCH,), device=device)
+
+    def step() -> None:
+        index = torch.randint(0, num_rows, (BATCH,), device=device)
+        F.cross_entropy(logits / values[index].exp()[:, None], target).backward()
+        assert values.grad is not None
+        untouched = values.grad == 0
+        before = values.detach().clone()
+        momentum = optimizer.state[values].get("momentum_buffer")
+        momentum_before = None if momentum is None else momentum.clone()
+        optimizer.step()
+        with torch.no_grad():
+            torch.where(untouched, before, values, out=values.data)
+            momentum = optimizer.state[values]["momentum_buffer"]
+            if momentum_before is not None:
+                torch.where(untouched, momentum_before, momentum, out=momentum)
+            values.data.clamp_(-3, 3)
+        optimizer.zero_grad()
+
+    return step
+
+
+def make_rows_only_step(num_rows: int, device: str) -> Callable[[], None]:
+    """The same update by rows, without dynamics or objective: what compares with the dense one."""
+    table = ParameterTable(num_rows, bounds=(-3, 3), device=device)
+    optimizer = RowSGD([table], lr=0.1)
+    logits = torch.randn(BATCH, CLASSES, device=device)
+    target = torch.randint(0, CLASSES, (BATCH,), device=device)
+
+    def step() -> None:
+        rows = table.rows(torch.randint(0, num_rows, (BATCH,), device=device))
+        F.cross_entropy(logits / rows.exp()[:, None], target).backward()
+        optimizer.step()
+
+    return step
+
+
+def bench_rows(device: str) -> None:
+    """Added cost against the number of rows."""
+    logits = torch.randn(BATCH, CLASSES, device=device, requires_grad=True)
+    target = torch.randint(0, CLASSES, (BATCH,), device=device)
+
+    def plain() -> None:
+        torch.randint(0, 10, (BATCH,))
+        F.cross_entropy(logits, target).backward()
+        logits.grad = None
+
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = {50_000: None, 1_280_000: None, 10_000_000: None, 100_000_000: Path(folder)}
+        variants: dict[str, Callable[[], None]] = {"plain": plain}
+        variants |= {f"{n:.2e}{' mmap' if f else ''}": make_step(n, device, f) for n, f in sizes.items()}
+        times = fastest(variants, 200, device)
+    print(
+        f"\nadded to a training step of {BATCH} samples by DataParameters (temperatures, dynamics, row optimizer), "
+        f"{device}"
+    )
+    print(f"{'rows':>16} {'added ms':>10} {'x of 5e4':>10}")
+    first = None
+    for name, value in times.items():
+        if name != "plain":
+            added = value - times["plain"]
+            first = first or added
+            print(f"{name:>16} {added:>10.3f} {added / first:>10.2f}")
+    print(f"\nthe update alone: dense semantics of the published optimizer against rows, {device}")
+    print(f"{'rows':>16} {'dense ms':>10} {'rows ms':>10}")
+    for n in (50_000, 1_280_000, 10_000_000):
+        variants = {"dense": make_dense_step(n, device), "rows": make_rows_only_step(n, device)}
+        times = fastest(variants, {"dense": 3 if n > 1_000_000 else 30, "rows": 100}, device)
+        print(f"{n:>16.2e} {times['dense']:>10.2f} {times['rows']:>10.2f}")
+
+
+class _Timed(L.Callback):
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def on_train_batch_start(self, *args: object) -> None:
+        self._lap()
+
+    def on_train_end(self, *args: object) -> None:
+        self._lap()
+
+    def _lap(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    @property
+    def fastest_ms(self) -> float:
+        laps = torch.tensor(self.times).diff()
+        return float(laps[2:].median()) * 1e3
+
+
+class _Module(L.LightningModule):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.criterion = nn.CrossEntropyLoss()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.criterion(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+def bench_lightning(name: str, network: Callable[[], nn.Module], steps: int, device: str, precision: str) -> None:
+    """A fit with the callback against the same fit without, in turns."""
+    images, labels = (
+        torch.randn(BATCH * steps, 3, 32, 32),
+        torch.randint(0, CLASSES, (BATCH * steps,)),
+    )
+    best = {"without": float("inf"), "with": float("inf")}
+    for _ in range(3):
+        for variant in best:
+            timed = _Timed(device)
+            callbacks = [timed, *([DataParameters()] if variant == "with" else [])]
+            trainer = L.Trainer(
+                max_epochs=1, callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False, accelerator="gpu" if device == "cuda" else "cpu", precision=precision,
+            )  # fmt: skip
+            trainer.fit(_Module(network()), DataLoader(TensorDataset(images, labels), BATCH, shuffle=True))
+            best[variant] = min(best[variant], timed.fastest_ms)
+    ratio = best["with"] / best["without"]
+    print(
+        f"{name}, batch {BATCH}, {device} {precision}: {best['without']:.2f} ms without, {best['with']:.2f} ms with, "
+        f"ratio {ratio:.3f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    bench_rows(options.device)
+    table = DataParameters()
+    table._build(1_000_000, torch.device("cpu"))
+    state = sum(b.numel() * b.element_size() for o in table.optimizers for s in o.row_state for b in s.values())
+    size = sum(t.nbytes for t in table.tables.values()) + state
+    print(f"\nmemory: {size / 1e6:.0f} bytes a row for value and momentum, {BYTES_PER_ROW} for training dynamics")
+    print("\nthrough Lightning")
+    for precision in ("32-true", "bf16-mixed", "16-mixed") if options.device == "cuda" else ("32-true",):
+        steps = 60 if options.device == "cuda" else 6
+        bench_lightning("ResNet-18 at 32x32", resnet18_cifar, steps, options.device, precision)
+        bench_lightning(
+            "one linear layer",
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, CLASSES)),
+            100,
+            options.device,
+            precision,
+        )
+
+
+if __name__ == "__main__":
+    main()
