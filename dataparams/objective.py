@@ -91,7 +91,7 @@ class Criterion:
 
         def elementwise(input: Tensor, target: Tensor) -> Tensor:
             clone = copy.copy(inner)
-            clone.reduction = "none"
+            vars(clone)["reduction"] = "none"
             return clone.forward(input, target)
 
         return cls(

@@ -120,8 +120,8 @@ class ParameterTable:
             device: default: the table's.
             row_shape: default: the table's.
         """
-        values = getattr(self, "values", None)
-        dtype = dtype or (values.dtype if values is not None else torch.float32)
+        values: Tensor | None = getattr(self, "values", None)
+        dtype = dtype or (torch.float32 if values is None else values.dtype)
         device = torch.device(device or (values.device if values is not None else "cpu"))
         shape = (self.num_rows, *(self.row_shape if row_shape is None else row_shape))
         nbytes = math.prod(shape) * dtype.itemsize

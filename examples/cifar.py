@@ -4,9 +4,10 @@
     python examples/cifar.py --data-dir DATA --model resnet18 --classes 10 --method none
     python examples/cifar.py --data-dir DATA --model small --classes 10 --epochs 3 --preset ours   # minutes on a CPU
 
-DATA holds torchvision's folders (cifar-10-batches-py, cifar-100-python) or cifar10/*.npz. Settings of the released code of
-Saxena et al. (NeurIPS 2019): batch 128, model rate 0.1 divided by 10 at epoch 80, instance temperatures at rate 0.2, stop at
-epoch 84. There a temperature moves by 0.2 / 128 a visit, which does little in short runs: --preset ours for those.
+DATA holds torchvision's folders (cifar-10-batches-py, cifar-100-python) or cifar10/*.npz. Settings of the released
+code of Saxena et al. (NeurIPS 2019): batch 128, model rate 0.1 divided by 10 at epoch 80, instance temperatures at
+rate 0.2, stop at epoch 84. There a temperature moves by 0.2 / 128 a visit, which does little in short runs: --preset
+ours for those.
 """
 
 import argparse
@@ -36,7 +37,11 @@ parser.add_argument("--model", choices=["wrn28_10", "resnet18", "small"], defaul
 parser.add_argument("--epochs", type=int, default=84)
 parser.add_argument("--batch-size", type=int, default=128)
 parser.add_argument("--lr", type=float, default=0.1, help="the model's learning rate (default: %(default)s)")
-parser.add_argument("--precision", default="32-true", help="for example bf16-mixed or 16-mixed (default: %(default)s)")
+parser.add_argument(
+    "--precision",
+    default="32-true",
+    help="for example bf16-mixed or 16-mixed (default: %(default)s)",
+)
 parser.add_argument("--workers", type=int, default=0)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--logger", choices=["csv", "tensorboard", "wandb"], default="csv")
@@ -55,10 +60,12 @@ def main() -> None:
     )  # fmt: skip
 
     # Model: an ordinary LightningModule with self.criterion = nn.CrossEntropyLoss(). It knows nothing of this library.
-    network = {"wrn28_10": WideResNet, "resnet18": resnet18_cifar, "small": SmallBNNet}[args.model](num_classes=args.classes)
+    network = {"wrn28_10": WideResNet, "resnet18": resnet18_cifar, "small": SmallBNNet}[args.model](
+        num_classes=args.classes
+    )
     optimizer = partial(torch.optim.SGD, lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
     scheduler = partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[80, 120, 160])
-    model = Classifier(network, optimizer, scheduler, num_classes=args.classes)
+    model = Classifier(network, optimizer, scheduler)
 
     # The one line that matters.
     if args.method == "none":
@@ -75,16 +82,29 @@ def main() -> None:
     }[args.logger]()
     best = ModelCheckpoint(monitor="val_accuracy", mode="max")
     trainer = L.Trainer(
-        max_epochs=args.epochs, precision=args.precision, logger=logger, callbacks=[method, best], default_root_dir=args.out
+        max_epochs=args.epochs,
+        precision=args.precision,
+        logger=logger,
+        callbacks=[method, best],
+        default_root_dir=args.out,
     )
     trainer.fit(model, datamodule=data)
 
     # Early stopping belongs to the method under label noise: report the best noisy-validation epoch beside the last.
     for name, path in {"last": None, "best noisy-validation": best.best_model_path}.items():
-        (scores,) = trainer.test(model, datamodule=data, ckpt_path=path, verbose=False, weights_only=True if path else None)
+        (scores,) = trainer.test(
+            model,
+            datamodule=data,
+            ckpt_path=path,
+            verbose=False,
+            weights_only=True if path else None,
+        )
         print(f"clean test accuracy, {name} epoch: {scores['test_accuracy']:.4f}")
     if data.is_corrupt is not None:
-        print("AUROC as detectors of wrong labels:", {name: round(value, 4) for name, value in method.auroc(data.is_corrupt).items()})
+        print(
+            "AUROC as detectors of wrong labels:",
+            {name: round(value, 4) for name, value in method.auroc(data.is_corrupt).items()},
+        )
 
     # What to look at first.
     print(method.suspects(15).to_string(index=False, float_format="%.3f"))

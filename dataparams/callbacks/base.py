@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
@@ -197,8 +197,8 @@ class MethodCallback(L.Callback):
             return
         if session.members[0] is self:
             session.flush(trainer)
-        step = trainer.global_step
-        if trainer.loggers and step != self._last_logged and step % trainer.log_every_n_steps == 0:
+        step, interval = trainer.global_step, getattr(trainer, "log_every_n_steps", 50)
+        if trainer.loggers and step != self._last_logged and interval and step % interval == 0:
             self._last_logged = step
             log_metrics(
                 trainer,

@@ -216,7 +216,8 @@ class ELR(_LossBaseline):
             self._averages.load_state_dict({"values": averages})
 
     def prepare(self, num_rows: int, trainer: L.Trainer) -> None:
-        """Follow the trainer's device."""
+        """Follow the trainer's device; forget what a step that failed has left."""
         super().prepare(num_rows, trainer)
+        self._seen.clear()
         if self._averages is not None:
             self._averages.to(trainer.strategy.root_device)

@@ -213,8 +213,10 @@ class DataParameters(MethodCallback):
         if self.level == "class":
             return {"log_temperature": of_class}
         of_instance = rows["log_temperature"][: len(frame)]
+        with np.errstate(invalid="ignore"):  # no label yet, no class temperature: NaN
+            joint = np.logaddexp(of_class, of_instance)
         return {
-            "log_temperature": np.logaddexp(of_class, of_instance),
+            "log_temperature": joint,
             "log_temperature_instance": of_instance,
             "log_temperature_class": of_class,
         }

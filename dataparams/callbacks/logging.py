@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
@@ -26,5 +27,5 @@ def log_histogram(trainer: L.Trainer, name: str, values: Tensor) -> None:
         elif isinstance(logger, WandbLogger):
             import wandb  # an optional dependency, there when its logger is
 
-            histogram = wandb.Histogram(values.detach().float().cpu().numpy())
+            histogram = wandb.Histogram(np_histogram=np.histogram(values.detach().float().cpu().numpy(), bins=64))
             logger.experiment.log({f"{name}_histogram": histogram, "trainer/global_step": trainer.global_step})

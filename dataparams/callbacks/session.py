@@ -131,7 +131,7 @@ class Session:
         """Undo every patch and hook."""
         while self._handles:
             self._handles.pop().remove()
-        trainer.strategy.__dict__.pop("training_step", None)
+        vars(trainer.strategy).pop("training_step", None)
         self.tracker.uninstall(trainer)
         self.active = False
         self.guard.drain()
@@ -349,5 +349,7 @@ class Session:
             integers = torch.stack((index, joined.correct.long(), joined.label, joined.valid.long()), 1)
             floats, integers = all_gather_rows(floats, integers, device=trainer.strategy.root_device)
             index = integers[:, 0]
-            joined = Observation(*floats.unbind(1), integers[:, 1].bool(), integers[:, 2], integers[:, 3].bool())
+            loss, margin, confidence = floats.unbind(1)
+            correct, label, valid = integers[:, 1].bool(), integers[:, 2], integers[:, 3].bool()
+            joined = Observation(loss, margin, confidence, correct, label, valid)
         self.dynamics.update(index, joined)

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -178,7 +179,7 @@ class _Module(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-def bench_lightning(name: str, network: Callable[[], nn.Module], steps: int, device: str, precision: str) -> None:
+def bench_lightning(name: str, network: Callable[[], nn.Module], steps: int, device: str, precision: Any) -> None:
     """A fit with the callback against the same fit without, in turns."""
     images, labels = (
         torch.randn(BATCH * steps, 3, 32, 32),

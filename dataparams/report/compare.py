@@ -1,0 +1,160 @@
+"""The table of a sweep: every method over its seeds, beside the baseline on the same seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from .files import replacing
+
+BASELINE = "none"
+# Settings that tell the methods of a sweep apart or follow from the seed; two runs that differ in nothing else are a pair.
+PAIRED_APART = ("callbacks", "method", "run_dir", "seed", "tuned", "resume", "plots", "progress_bar")
+KEYS = ["experiment", "setting", "method"]
+
+# What the printed table shows: the key in results.json, its heading, what it is multiplied by, and decimals.
+SHOWN = [
+    ("test_accuracy_best", "test % best", 100.0, 1),
+    ("test_accuracy_last", "test % last", 100.0, 1),
+    ("test_accuracy_ema_best", "test % best, averaged", 100.0, 1),
+    ("test_accuracy_ema_last", "test % last, averaged", 100.0, 1),
+    ("auroc_log_temperature_best", "AUROC log temperature", 1.0, 3),
+    ("auroc_mean_loss_best", "AUROC mean loss", 1.0, 3),
+    ("auroc_margin_best", "AUROC margin", 1.0, 3),
+    ("step_time_ms", "ms a step", 1.0, 2),
+]
+PAIRED_SHOWN = {"test_accuracy_best", "test_accuracy_last"}
+
+
+def read_sweep(sweep_dir: Path | str) -> pd.DataFrame:
+    """One line per finished run below ``sweep_dir``: its ``results.json``, its folder, and what it varies.
+
+    The column ``setting`` names the settings other than method and seed in which the runs of one experiment and method
+    differ (``data.noise.rate=0.2``), ``context`` everything that a fair pair must share.
+
+    Raises:
+        FileNotFoundError: no finished run there.
+    """
+    sweep_dir = Path(sweep_dir)
+    runs, configs = [], []
+    for path in sorted(sweep_dir.rglob("results.json")):
+        runs.append({**json.loads(path.read_text()), "folder": str(path.parent)})
+        config = path.with_name("config.yaml")
+        configs.append(dict(_flatten(yaml.safe_load(config.read_text()))) if config.exists() else {})
+    if not runs:
+        raise FileNotFoundError(f"no results.json below {sweep_dir}: no run there has finished")
+    frame = pd.DataFrame(runs)
+    settings = pd.DataFrame(configs, index=frame.index).map(lambda value: json.dumps(value, default=str))
+    settings = settings[[name for name in settings if not _follows_seed(name)]]
+    shared = settings[[name for name in settings if name.split(".")[0] not in PAIRED_APART]]
+    frame["context"] = [json.dumps(values) for values in shared.to_numpy().tolist()]
+    frame["setting"] = ""
+    own = settings[[name for name in settings if name.split(".")[0] not in ("method", "run_dir", "tuned")]]
+    for _, group in frame.groupby(["experiment", "method"]):
+        varied = [name for name in own if own.loc[group.index, name].nunique(dropna=False) > 1]
+        frame.loc[group.index, "setting"] = [
+            ", ".join(f"{name}={json.loads(values[name])}" for name in varied if pd.notna(values[name]))
+            for _, values in own.loc[group.index].iterrows()
+        ]
+    return frame
+
+
+def _flatten(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, node
+
+
+def _follows_seed(name: str) -> bool:
+    return name.split(".")[-1] in ("seed", "run_dir", "save_dir", "name")
+
+
+def summarize(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
+    """Mean, standard deviation and paired difference of every number in ``runs``, a line per experiment, setting, method.
+
+    A run is paired with the baseline's run of the same experiment, seed and other settings. Columns: ``seeds`` (number
+    of runs), ``<key>_mean``, ``<key>_std`` (n - 1; NaN for one run), and for pairs ``<key>_diff_mean``,
+    ``<key>_diff_std``, ``pairs``.
+
+    Args:
+        runs: what :func:`read_sweep` returns.
+        baseline: the method subtracted. Where it is absent there are no differences.
+    """
+    numbers = [
+        name
+        for name in runs.select_dtypes("number")
+        if name not in ("seed", "schema_version") and not pd.api.types.is_bool_dtype(runs[name])
+    ]
+    pair = ["experiment", "seed", "context"]
+    base = runs[runs["method"] == baseline].drop_duplicates(pair)
+    matched = runs.merge(base[[*pair, *numbers]], on=pair, how="left", suffixes=("", "_base"), indicator=True)
+    matched.index = runs.index
+    lines = []
+    for key, group in runs.groupby(KEYS, sort=False):
+        line = {**dict(zip(KEYS, key, strict=True)), "seeds": len(group)}
+        pairs = matched.loc[group.index]
+        pairs = pairs[pairs["_merge"] == "both"]
+        line["pairs"] = 0 if key[KEYS.index("method")] == baseline else len(pairs)
+        for name in numbers:
+            line[f"{name}_mean"], line[f"{name}_std"] = group[name].mean(), group[name].std()
+            if line["pairs"]:
+                difference = pairs[name] - pairs[f"{name}_base"]
+                line[f"{name}_diff_mean"], line[f"{name}_diff_std"] = difference.mean(), difference.std()
+        lines.append(line)
+    summary = pd.DataFrame(lines)
+    order = [[name != baseline for name in summary["method"]], range(len(summary))]
+    return summary.iloc[np.lexsort((order[1], order[0], summary["setting"], summary["experiment"]))].reset_index(drop=True)
+
+
+def format_summary(summary: pd.DataFrame, baseline: str = BASELINE) -> str:
+    """The summary as text: mean +- standard deviation, and in brackets the paired difference to the baseline."""
+    parts = []
+    for (experiment, setting), group in summary.groupby(["experiment", "setting"], sort=False):
+        table = pd.DataFrame({"method": group["method"], "seeds": group["seeds"].astype(str)})
+        for key, heading, scale, digits in SHOWN:
+            if f"{key}_mean" in group and group[f"{key}_mean"].notna().any():
+                table[heading] = [_cell(line, key, scale, digits) for _, line in group.iterrows()]
+        heading = f"{experiment}, {setting}" if setting else str(experiment)
+        parts.append(f"{heading}\n{_aligned(table)}")
+    if summary["pairs"].any():
+        parts.append(f"In brackets: difference to {baseline}, paired by seed. best: best noisy-validation epoch.")
+    return "\n\n".join(parts)
+
+
+def _cell(line: pd.Series, key: str, scale: float, digits: int) -> str:
+    mean, deviation = line[f"{key}_mean"] * scale, line[f"{key}_std"] * scale
+    if pd.isna(mean):
+        return "-"
+    text = f"{mean:.{digits}f}"
+    if pd.notna(deviation):
+        text += f" ± {deviation:.{digits}f}"
+    if key in PAIRED_SHOWN and line["pairs"]:
+        text += f" ({line[f'{key}_diff_mean'] * scale:+.{digits}f}"
+        spread = line[f"{key}_diff_std"] * scale
+        text += f" ± {spread:.{digits}f})" if pd.notna(spread) else ")"
+    return text
+
+
+def _aligned(table: pd.DataFrame) -> str:
+    widths = [max(len(name), *map(len, table[name])) for name in table]
+    lines = [list(table), *table.to_numpy().tolist()]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def compare(sweep_dir: Path | str, baseline: str = BASELINE) -> str:
+    """Write ``summary.csv`` into ``sweep_dir`` and return the table as text.
+
+    Raises:
+        FileNotFoundError: no finished run there.
+    """
+    summary = summarize(read_sweep(sweep_dir), baseline)
+    with replacing(Path(sweep_dir) / "summary.csv") as beside:
+        summary.to_csv(beside, index=False)
+    return format_summary(summary, baseline)

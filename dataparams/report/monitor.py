@@ -1,0 +1,104 @@
+"""What a run of the command line watches: the time of a step, and how clean and corrupt samples drift apart."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from dataparams.callbacks.base import MethodCallback
+
+from .rows import DETECTORS, auroc, merge_frames, suspicion
+
+
+class StepTimer(L.Callback):
+    """Median wall time of a training step, from the end of one batch to the end of the next, validation left out.
+
+    Loading the batch is part of a step. The times live in the checkpoint, so that they are there after a resumed run and
+    after ``ddp_spawn``, which leaves this process's callbacks untouched.
+    """
+
+    def __init__(self) -> None:
+        self._previous: float | None = None
+        self._times: list[float] = []
+        self._epoch_medians: list[float] = []
+
+    @property
+    def step_time_ms(self) -> float:
+        """Milliseconds; the median over epochs of the epoch's median. NaN before the first epoch of two batches ends."""
+        return 1e3 * median(self._epoch_medians) if self._epoch_medians else float("nan")
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._previous, self._times = None, []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.perf_counter()
+        if self._previous is not None:
+            self._times.append(now - self._previous)
+        self._previous = now
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._previous = None
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._times:
+            self._epoch_medians.append(median(self._times))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch_medians": list(self._epoch_medians)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._epoch_medians = list(state_dict["epoch_medians"])
+
+
+class DetectionMonitor(L.Callback):
+    """Logs, every epoch, how well each detector tells wrong labels from right ones.
+
+    ``auroc_<detector>``, and ``<column>_clean`` and ``<column>_corrupt``, the means of its column over the clean and the
+    corrupt samples. It hears of the truth only here, from the data module (``is_corrupt``, by position in the training set);
+    the method never does. Silent where the truth is not known.
+
+    Args:
+        methods: the callbacks whose rows are looked at.
+    """
+
+    def __init__(self, methods: Sequence[MethodCallback]) -> None:
+        self.methods = list(methods)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        is_corrupt = getattr(trainer.datamodule, "is_corrupt", None)  # type: ignore[attr-defined]
+        if is_corrupt is None or not self.methods:
+            return
+        rows = merge_frames([method.to_frame() for method in self.methods])
+        corrupt = np.asarray(is_corrupt, dtype=bool)[rows["index"]]
+        values = {}
+        for detector, (column, _) in DETECTORS.items():
+            scores = suspicion(rows, detector)
+            if scores is not None and corrupt.any() and not corrupt.all():
+                values[f"auroc_{detector}"] = auroc(scores, corrupt)
+                values[f"{column}_clean"] = rows[column][~corrupt].mean()
+                values[f"{column}_corrupt"] = rows[column][corrupt].mean()
+        pl_module.log_dict(values, sync_dist=True)
+
+
+class SaveOnInterrupt(L.Callback):
+    """Saves a checkpoint when Ctrl-C or SIGTERM ends the fit: what was learned since the last epoch ended is in it.
+
+    Args:
+        path: the checkpoint file.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            trainer.save_checkpoint(self.path)

@@ -1,0 +1,88 @@
+"""Plots show what the files say."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_curve as sklearn_roc_curve
+
+from dataparams.report.plots import accuracy_plot, by_epoch, detector_plot, roc_curve, temperature_plot, write_plots
+from dataparams.report.rows import write_rows
+
+RESULTS = {
+    "experiment": "digits", "method": "ours", "seed": 0, "best_epoch": 1, "epochs": 3,
+    "test_accuracy_best": 0.9, "test_accuracy_last": 0.8,
+}  # fmt: skip
+
+
+@pytest.fixture
+def rows():
+    generator = np.random.default_rng(0)
+    corrupt = np.arange(60) % 3 == 0
+    columns = {"index": np.arange(60), "id": np.arange(60), "given_label": 0, "true_label": corrupt.astype(int), "is_corrupt": corrupt}
+    for name in ("mean_loss", "mean_margin", "log_temperature"):
+        for suffix in ("", "_last"):
+            columns[name + suffix] = generator.normal(size=60) + corrupt
+    return pd.DataFrame(columns)
+
+
+@pytest.fixture
+def run_dir(tmp_path, rows):
+    metrics = pd.DataFrame(
+        {
+            "epoch": [0, 0, 1, 1, 2, 2],
+            "train_loss": [None, 2.0, None, 1.0, None, 0.5],
+            "val_accuracy": [0.5, None, 0.6, None, 0.55, None],
+            "log_temperature_clean": [None, 0.0, None, -1.0, None, -2.0],
+            "log_temperature_corrupt": [None, 0.0, None, 1.0, None, 2.0],
+        }
+    )
+    metrics.to_csv(tmp_path / "metrics.csv", index=False)
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    write_rows(rows, tmp_path / "rows.parquet")
+    return tmp_path
+
+
+def test_a_full_run_gets_four_plots(run_dir):
+    paths = write_plots(run_dir)
+    assert [path.name for path in paths] == ["accuracy.png", "detectors.png", "log_temperature.png", "log_temperature_histogram.png"]
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_truth_and_temperatures_only_the_accuracy_is_drawn(run_dir, rows):
+    bare = rows.drop(columns=["true_label", "is_corrupt", "log_temperature", "log_temperature_last"])
+    write_rows(bare, run_dir / "rows.parquet")
+    pd.read_csv(run_dir / "metrics.csv")[["epoch", "val_accuracy"]].to_csv(run_dir / "metrics.csv", index=False)
+    assert [path.name for path in write_plots(run_dir)] == ["accuracy.png"]
+
+
+def test_curves_hold_the_logged_values(run_dir):
+    epochs = by_epoch(pd.read_csv(run_dir / "metrics.csv"))
+    line, best = accuracy_plot(epochs, RESULTS, "t").axes[0].lines
+    assert line.get_xydata().tolist() == [[0, 0.5], [1, 0.6], [2, 0.55]]
+    assert best.get_xdata() == [1, 1]
+    clean, corrupt, *_ = temperature_plot(epochs, 1, "t").axes[0].lines
+    assert clean.get_ydata().tolist() == [0.0, -1.0, -2.0]
+    assert corrupt.get_ydata().tolist() == [0.0, 1.0, 2.0]
+
+
+def test_the_roc_curve_equals_sklearns_with_ties_and_missing_scores():
+    generator = np.random.default_rng(1)
+    truth = generator.random(200) < 0.3
+    scores = pd.Series((generator.normal(size=200) + truth).round(1))
+    expected = sklearn_roc_curve(truth, scores, drop_intermediate=False)
+    for mine, theirs in zip(roc_curve(scores, truth), expected, strict=False):
+        np.testing.assert_allclose(mine, theirs)
+    with_gap = pd.concat([scores, pd.Series([np.nan])], ignore_index=True)
+    for mine, theirs in zip(roc_curve(with_gap, np.append(truth, True)), expected, strict=False):
+        np.testing.assert_allclose(mine, theirs)
+
+
+def test_detectors_stand_in_the_legend_with_their_area(rows):
+    labels = [text.get_text() for text in detector_plot(rows, "t").axes[0].get_legend().get_texts()]
+    assert [label.split(",")[0] for label in labels] == ["averaged margin", "running mean loss", "log temperature"]
+    assert all("area 0." in label for label in labels)

@@ -1,0 +1,749 @@
+"""Row optimizers against dense ones, and the wrapper around a model's optimizer."""
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dataparams import DataParameterOptimizer, ParameterTable, RowAdam, RowSGD
+from dataparams.functional import data_parameter_loss
+from dataparams.optim import RowOptimizer, segment_sum, segments
+
+N = 12
+
+
+def visit(table: ParameterTable, index: Tensor, weight: Tensor) -> None:
+    """Back-propagate a loss whose gradient at each visit is 2 (row - weight)."""
+    rows = table.rows(index)
+    (rows - weight).square().sum().backward()
+
+
+def quadratic(generator: torch.Generator, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    index = torch.randint(0, N, (5,), generator=generator)
+    return index, torch.randn(5, *shape, generator=generator)
+
+
+# -- segments --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_segments_number_distinct_values_and_sum_over_them(seed):
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, 8, (20,), generator=generator)
+    values = torch.randn(20, 3, generator=generator, dtype=torch.float64)
+    segment = segments(index)
+    assert torch.equal(segment[:, None] == segment, index[:, None] == index)
+    assert set(segment.tolist()) == set(range(len(index.unique())))
+    sums = segment_sum(segment, values)
+    for i in range(20):
+        torch.testing.assert_close(sums[i], values[index == index[i]].sum(0))
+
+
+# -- rows against dense references ------------------------------------------------------------------
+
+
+class DenseRows:
+    """One torch optimizer per row, stepped where the row is visited: the semantics, at O(N) objects."""
+
+    def __init__(self, make: Callable[[list[Tensor]], torch.optim.Optimizer], shape=()) -> None:
+        self.rows = [torch.zeros(shape, requires_grad=True) for _ in range(N)]
+        self.optimizers = [make([row]) for row in self.rows]
+
+    def step(self, index: Tensor, weight: Tensor, duplicates: str, bounds: Any = None) -> None:
+        for i in index.unique().tolist():
+            row, times = self.rows[i], int((index == i).sum())
+            row.grad = (2 * (row.detach() - weight[index == i])).sum(0)
+            if duplicates == "mean":
+                row.grad /= times
+            self.optimizers[i].step()
+            if bounds is not None:
+                row.data.clamp_(*bounds)
+
+    def values(self) -> Tensor:
+        return torch.stack([row.detach() for row in self.rows])
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+@pytest.mark.parametrize("duplicates", ["sum", "mean"])
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam", "adam_betas"])
+def test_rows_move_as_under_a_dense_optimizer_each(rule, duplicates, shape):
+    table = ParameterTable(N, shape)
+    options = {"duplicates": duplicates}
+    if rule == "sgd":
+        rows: RowOptimizer = RowSGD([table], lr=0.1, momentum=0.0, **options)
+        dense = DenseRows(lambda p: torch.optim.SGD(p, lr=0.1), shape)
+    elif rule == "momentum":
+        rows = RowSGD([table], lr=0.02, momentum=0.9, **options)
+        dense = DenseRows(lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9), shape)
+    elif rule == "adam":
+        rows = RowAdam([table], lr=0.05, **options)
+        dense = DenseRows(lambda p: torch.optim.Adam(p, lr=0.05), shape)
+    else:
+        rows = RowAdam([table], lr=0.05, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.1, **options)
+        dense = DenseRows(
+            lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.1),
+            shape,
+        )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        index, weight = quadratic(generator, shape)
+        if rule == "adam_betas":  # with "sum" decay counts occurrences, which torch cannot say
+            index = torch.randperm(N, generator=generator)[:5]
+        visit(table, index, weight)
+        rows.step()
+        dense.step(index, weight, duplicates)
+    torch.testing.assert_close(table.values, dense.values(), rtol=1e-5, atol=1e-6)
+    assert table.values.abs().min() > 0  # every row was visited
+
+
+def test_unvisited_rows_and_their_state_keep_every_bit():
+    generator = torch.Generator().manual_seed(0)
+    table = ParameterTable(N, bounds=(-9, 9))
+    table.values.copy_(torch.randn(N, generator=generator))
+    rows = RowSGD([table], lr=0.1, weight_decay=0.5)
+    for _ in range(4):
+        visit(table, *quadratic(generator))
+        rows.step()
+    before, momentum = table.values.clone(), rows.row_state[0]["momentum"].clone()
+    assert momentum.any()
+    visit(table, torch.tensor([2, 7]), torch.zeros(2))
+    rows.step()
+    others = [i for i in range(N) if i not in (2, 7)]
+    assert torch.equal(table.values[others], before[others])
+    assert torch.equal(rows.row_state[0]["momentum"][others], momentum[others])
+    assert (table.values[[2, 7]] != before[[2, 7]]).all()
+
+
+def test_a_zero_gradient_is_still_a_visit():
+    table = ParameterTable(3)
+    rows = RowSGD([table], lr=0.1, momentum=0.9)
+    table.rows(torch.tensor([0, 1])).sum().backward()
+    rows.step()
+    assert table.values.tolist() == pytest.approx([-0.1, -0.1, 0])
+    (table.rows(torch.tensor([0])) * 0).sum().backward()
+    rows.step()
+    assert table.values.tolist() == pytest.approx([-0.19, -0.1, 0])  # momentum moved row 0
+
+
+def test_a_zero_gradient_counts_for_the_bias_correction_of_adam():
+    table = ParameterTable(2)
+    rows = RowAdam([table], lr=0.1)
+    reference = torch.zeros((), requires_grad=True)
+    adam = torch.optim.Adam([reference], lr=0.1)
+    for grad in (1.0, 0.0, 0.0, 2.0):
+        (table.rows(torch.tensor([1])) * grad).sum().backward()
+        rows.step()
+        reference.grad = torch.tensor(grad)
+        adam.step()
+    assert table.values.tolist() == pytest.approx([0, reference.item()], rel=1e-4)
+    assert rows.row_state[0]["steps"].tolist() == [0, 4]
+
+
+def test_the_last_gradient_is_applied_by_its_own_step():
+    table = ParameterTable(3)
+    rows = RowSGD([table], lr=1.0, momentum=0.0)
+    table.rows(torch.tensor([1])).sum().backward()
+    rows.step()
+    assert table.values.tolist() == [0, -1, 0]
+    assert table.pending == []
+    rows.step()  # and only once
+    assert table.values.tolist() == [0, -1, 0]
+
+
+def test_several_forwards_of_one_step_accumulate():
+    table = ParameterTable(4)
+    rows = RowSGD([table], lr=1.0, momentum=0.5)
+    for index in ([0, 1], [1, 2, 1]):
+        table.rows(torch.tensor(index)).sum().backward()
+    rows.step()
+    assert table.values.tolist() == [-1, -3, -1, 0]
+    table.rows(torch.tensor([1])).sum().backward()
+    rows.step()  # momentum advanced once: 0.5 * 3 + 1
+    assert table.values.tolist() == [-1, -5.5, -1, 0]
+
+
+def test_bounds_clamp_visited_rows_only():
+    table = ParameterTable(4, bounds=(-1, 2))
+    table.values.copy_(torch.tensor([5.0, 5.0, 0.0, 0.0]))  # as a checkpoint of other bounds would
+    rows = RowSGD([table], lr=10.0, momentum=0.0)
+    (table.rows(torch.tensor([0, 2, 3])) * torch.tensor([0.0, 1.0, -1.0])).sum().backward()
+    rows.step()
+    assert table.values.tolist() == [2, 5, -1, 2]
+
+
+def test_decay_pulls_on_visits_once_an_occurrence_with_sum_and_once_a_step_with_mean():
+    for duplicates, times in (("sum", 3), ("mean", 1)):
+        table = ParameterTable(2, init=1.0)
+        rows = RowSGD([table], lr=0.1, momentum=0.0, weight_decay=0.5, duplicates=duplicates)  # type: ignore[arg-type]
+        (table.rows(torch.tensor([0, 0, 0])) * 0).sum().backward()
+        rows.step()
+        assert table.values.tolist() == pytest.approx([1 - 0.1 * 0.5 * times, 1])
+
+
+def test_the_papers_optimizer_over_many_steps():
+    """m <- 0.9 m + g; t <- clamp(t - lr m), with the decay summed over the batch."""
+    torch.manual_seed(0)
+    bound, lr, decay = math.log(20), 0.8, 0.05
+    table = ParameterTable(N, bounds=(-bound, bound))
+    rows = RowSGD([table], lr=lr, momentum=0.9, weight_decay=decay)
+    expected, momentum = [0.0] * N, [0.0] * N
+    for _ in range(40):
+        index = torch.randperm(N)[:4]
+        logits, target = 4 * torch.randn(4, 3), torch.randint(0, 3, (4,))
+        data_parameter_loss(logits, target, table.rows(index)).backward()
+        rows.step()
+        for z, y, i in zip(logits.tolist(), target.tolist(), index.tolist(), strict=True):
+            sigma = math.exp(expected[i])
+            total = sum(math.exp(v / sigma) for v in z)
+            mean = sum(v * math.exp(v / sigma) / total for v in z)
+            grad = (z[y] - mean) / sigma / 4 + decay * expected[i]
+            momentum[i] = 0.9 * momentum[i] + grad
+            expected[i] = min(max(expected[i] - lr * momentum[i], -bound), bound)
+    assert table.values.tolist() == pytest.approx(expected, rel=2e-3, abs=1e-4)
+    assert max(map(abs, expected)) > 1
+
+
+def test_instance_scale_makes_the_step_a_rate_per_visit():
+    """With a mean loss a visit moves the row alike, whatever the size of its batch."""
+    moved = {}
+    for scale in ("instance", "mean"):
+        for size in (2, 8):
+            table = ParameterTable(N)
+            rows = RowSGD([table], lr=0.1, momentum=0.0, grad_scale=scale)  # type: ignore[arg-type]
+            table.rows(torch.arange(size)).mean().backward()
+            rows.step()
+            moved[scale, size] = table.values[0].item()
+    assert moved["instance", 2] == moved["instance", 8] == pytest.approx(-0.1)
+    assert moved["mean", 2] == pytest.approx(-0.05)
+    assert moved["mean", 8] == pytest.approx(-0.0125)
+
+
+def test_elements_marked_invalid_leave_their_row_alone():
+    table = ParameterTable(4)
+    rows = RowSGD([table], lr=1.0, momentum=0.9, weight_decay=0.1)
+    table.values.fill_(1.0)
+    leaf = table.rows(torch.tensor([0, 1, 1, 2]), valid=torch.tensor([True, True, False, False]))
+    leaf.sum().backward()
+    rows.step()
+    assert table.values.tolist() == pytest.approx([-0.1, -0.1, 1, 1])
+    assert rows.row_state[0]["momentum"].tolist() == pytest.approx([1.1, 1.1, 0, 0])
+
+
+def test_an_invalid_elements_nan_does_not_stop_the_others():
+    table = ParameterTable(3)
+    rows = RowSGD([table], lr=1.0)
+    leaf = table.rows(torch.tensor([0, 1]), valid=torch.tensor([True, False]))
+    (leaf * torch.tensor([1.0, math.nan])).sum().backward()
+    rows.step()
+    assert table.values.tolist() == [-1, 0, 0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rule", [RowSGD, RowAdam])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(rule, bad):
+    table = ParameterTable(4, bounds=(-1, 1))
+    rows = rule([table])
+    visit(table, torch.tensor([0, 1]), torch.ones(2))
+    rows.step()
+    values, state = table.values.clone(), copy.deepcopy(rows.row_state)
+    (table.rows(torch.tensor([1, 2])) * torch.tensor([1.0, bad])).sum().backward()
+    rows.step()
+    assert torch.equal(table.values, values)
+    for name, buffer in rows.row_state[0].items():
+        assert torch.equal(buffer, state[0][name])
+    assert rows.skipped_steps.item() == 1
+    visit(table, torch.tensor([2]), torch.ones(1))
+    rows.step()
+    assert table.values[2] != 0
+    assert rows.skipped_steps.item() == 1
+
+
+def test_several_tables_each_have_their_group_and_state():
+    small, large = ParameterTable(3), ParameterTable(5, (2,))
+    rows = RowSGD([small, large], lr=1.0, momentum=0.0)
+    rows.param_groups[1]["lr"] = 0.5
+    (small.rows(torch.tensor([1])).sum() + large.rows(torch.tensor([4])).sum()).backward()
+    assert [len(group["params"]) for group in rows.param_groups] == [1, 1]
+    rows.step()
+    assert small.values.tolist() == [0, -1, 0]
+    assert large.values[3:].tolist() == [[0, 0], [-0.5, -0.5]]
+    small.rows(torch.tensor([0])).sum().backward()  # one table alone
+    rows.step()
+    assert small.values.tolist() == [-1, -1, 0]
+
+
+def test_half_precision_rows_are_stepped_in_float32():
+    table = ParameterTable(3, init=1.0, dtype=torch.bfloat16)
+    rows = RowSGD([table], lr=0.25)
+    table.rows(torch.tensor([1])).sum().backward()
+    rows.step()
+    assert table.values.tolist() == [1, 0.75, 1]
+    assert rows.row_state[0]["momentum"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("when", ["before_forward", "between", "after_step"])
+def test_zero_grad_in_any_of_its_usual_places(when):
+    table = ParameterTable(3)
+    rows = RowSGD([table], lr=1.0, momentum=0.0)
+    for _ in range(3):
+        if when == "before_forward":
+            rows.zero_grad()
+        leaf = table.rows(torch.tensor([1]))
+        if when == "between":
+            rows.zero_grad()
+        leaf.sum().backward()
+        rows.step()
+        if when == "after_step":
+            rows.zero_grad()
+    assert table.values.tolist() == [0, -3, 0]
+
+
+def test_zero_grad_drops_gradients_that_were_not_stepped():
+    table = ParameterTable(3)
+    rows = RowSGD([table], lr=1.0)
+    table.rows(torch.tensor([1])).sum().backward()
+    rows.zero_grad()
+    rows.step()
+    assert not table.values.any()
+
+
+def test_a_forward_that_was_thrown_away_does_not_pile_up():
+    table = ParameterTable(3)
+    rows = RowSGD([table], lr=1.0)
+    for _ in range(3):
+        table.rows(torch.tensor([0]))
+        table.rows(torch.tensor([1])).sum().backward()
+        rows.step()
+        assert table.pending == []
+    assert table.values[0] == 0
+
+
+def test_growing_tables_keep_momentum():
+    table = ParameterTable(3)
+    rows = RowSGD([table], lr=1.0, momentum=0.5)
+    table.rows(torch.tensor([2])).sum().backward()
+    rows.step()
+    table.resize(6)
+    rows.resize()
+    table.rows(torch.tensor([2, 5])).sum().backward()
+    rows.step()
+    assert table.values.tolist() == [0, 0, -2.5, 0, 0, -1]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda t: RowSGD([]), "at least one ParameterTable"),
+        (lambda t: RowSGD([t], lr=-1), "lr must be at least 0"),
+        (lambda t: RowSGD([t], lr=math.nan), "lr must be at least 0"),
+        (lambda t: RowSGD([t], momentum=1.0), r"momentum must be in \[0, 1\)"),
+        (lambda t: RowSGD([t], weight_decay=-1), "weight_decay must be at least 0"),
+        (lambda t: RowSGD([t], grad_scale="sum"), "grad_scale must be 'mean' or 'instance'"),
+        (lambda t: RowSGD([t], duplicates="max"), "duplicates must be 'sum' or 'mean'"),
+        (lambda t: RowAdam([t], betas=(0.9, 1.0)), r"betas must be in \[0, 1\)"),
+        (lambda t: RowAdam([t], eps=0.0), "eps must be positive"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(ParameterTable(2))
+
+
+def test_a_plain_tensor_is_not_a_table():
+    with pytest.raises(TypeError, match="takes ParameterTables, got Tensor"):
+        RowSGD([torch.zeros(3)])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("rule", [RowSGD, RowAdam])
+def test_row_state_round_trip_continues_bitwise(rule):
+    def run(steps: range, table: ParameterTable, rows: RowOptimizer) -> None:
+        for step in steps:
+            visit(table, *quadratic(torch.Generator().manual_seed(step)))
+            rows.step()
+
+    whole = ParameterTable(N)
+    run(range(10), whole, rule([whole]))
+    first = ParameterTable(N)
+    rows = rule([first])
+    run(range(5), first, rows)
+    buffer = io.BytesIO()
+    torch.save({"table": first.state_dict(), "rows": rows.state_dict()}, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    second = ParameterTable(N)
+    rows = rule([second], lr=99.0)
+    second.load_state_dict(saved["table"])
+    rows.load_state_dict(saved["rows"])
+    run(range(5, 10), second, rows)
+    assert torch.equal(second.values, whole.values)
+
+
+def test_state_of_other_tables_or_another_rule_is_refused():
+    state = RowSGD([ParameterTable(3)]).state_dict()
+    with pytest.raises(ValueError, match="for 1 tables, this optimizer has 2"):
+        RowSGD([ParameterTable(3), ParameterTable(3)]).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"momentum has shape \(3,\), this one \(4,\)"):
+        RowSGD([ParameterTable(4)]).load_state_dict(state)
+    with pytest.raises(ValueError, match="moment"):
+        RowAdam([ParameterTable(3)]).load_state_dict(state)
+    with pytest.raises(ValueError, match="momentum"):  # a state cannot switch momentum on or off
+        RowSGD([ParameterTable(3)], momentum=0.0).load_state_dict(state)
+
+
+def test_schedulers_drive_a_row_optimizer_of_ones_own():
+    table = ParameterTable(3)
+    rows = RowSGD([table], lr=1.0, momentum=0.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(rows, 1, gamma=0.5)
+    for _ in range(3):
+        table.rows(torch.tensor([1])).sum().backward()
+        rows.step()
+        scheduler.step()
+    assert table.values[1].item() == -1.75
+
+
+# -- several processes, one gather ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad_scale", ["mean", "instance"])
+def test_two_processes_step_as_one_with_the_joint_batch(grad_scale):
+    batches = [torch.tensor([0, 3, 3]), torch.tensor([3, 5, 1])]
+    weight = torch.randn(6, generator=torch.Generator().manual_seed(0))
+
+    def gradient(index: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda rows: ((rows + 1).square() * weight[index]).mean()
+
+    joint = ParameterTable(6, bounds=(-1, 1))
+    single = RowSGD([joint], lr=0.5, weight_decay=0.1, grad_scale=grad_scale)
+    tables = [ParameterTable(6, bounds=(-1, 1)) for _ in batches]
+    ranks = [RowSGD([t], lr=0.5, weight_decay=0.1, grad_scale=grad_scale) for t in tables]
+    for _ in range(3):
+        index = torch.cat(batches)
+        gradient(index)(joint.rows(index)).backward()
+        single.step()
+        parts = []
+        for table, rows, index in zip(tables, ranks, batches, strict=True):
+            gradient(index)(table.rows(index)).backward()
+            rows.world_size = 2
+            parts.append(rows._collect(table, table.visited()))
+        joined = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        for rows in ranks:
+            rows.gather = lambda *_, joined=joined: joined  # type: ignore[assignment,misc]
+            rows.step()
+    assert torch.equal(tables[0].values, tables[1].values)
+    torch.testing.assert_close(tables[0].values, joint.values)
+
+
+def test_a_process_without_visits_applies_the_others():
+    table = ParameterTable(3)
+    rows = RowSGD([table], lr=1.0)
+
+    def gather(index: Tensor, grad: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert index.numel() == grad.numel() == valid.numel() == 0
+        assert (index.dtype, grad.dtype, valid.dtype) == (torch.int64, torch.float32, torch.bool)
+        return torch.tensor([2]), torch.ones(1), torch.tensor([True])
+
+    rows.gather = gather
+    rows.step()
+    assert table.values.tolist() == [0, 0, -1]
+
+
+# -- the wrapper ------------------------------------------------------------------------------------
+
+
+class Problem:
+    """A tiny classification with a temperature an instance; every batch follows from the step number."""
+
+    def __init__(self, make: Any = None, table: ParameterTable | None = None, **rows: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(4, 3)
+        self.table = table or ParameterTable(N, bounds=(-3, 3))
+        make = make or (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+        self.optimizer = DataParameterOptimizer(
+            make(self.model.parameters()), [self.table], **{"lr": 0.5, **rows}
+        )
+
+    def loss(self, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        index = torch.randint(0, N, (6,), generator=generator)
+        x, y = torch.randn(6, 4, generator=generator), index % 3
+        sigma = self.table.rows(index).exp()
+        return F.cross_entropy(self.model(x) / sigma[:, None], y)
+
+    def train(self, steps: range) -> "Problem":
+        for step in steps:
+            loss = self.loss(step)
+            self.optimizer.zero_grad()  # the common order: between forward and backward
+            loss.backward()
+            self.optimizer.step()
+        return self
+
+    def same_as(self, other: "Problem") -> bool:
+        pairs = zip(self.model.parameters(), other.model.parameters(), strict=True)
+        return all(torch.equal(a, b) for a, b in pairs) and torch.equal(
+            self.table.values, other.table.values
+        )
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.05)
+
+
+def test_the_wrapper_steps_both_exactly_as_apart():
+    wrapped = Problem().train(range(6))
+    apart = Problem()
+    model_optimizer, rows = apart.optimizer.optimizer, apart.optimizer.rows
+    for step in range(6):
+        model_optimizer.zero_grad()
+        apart.loss(step).backward()
+        model_optimizer.step()
+        rows.step()
+    assert wrapped.same_as(apart)
+    assert wrapped.table.values.abs().max() > 0.05
+
+
+def test_it_is_an_optimizer_over_the_models_own_groups():
+    problem = Problem()
+    assert isinstance(problem.optimizer, torch.optim.Optimizer)
+    assert problem.optimizer.param_groups[0] is problem.optimizer.optimizer.param_groups[0]
+    problem.train(range(2))
+    assert problem.optimizer.state is problem.optimizer.optimizer.state
+    assert len(problem.optimizer.param_groups) == 1
+    assert "lr: 0.1" in repr(problem.optimizer)
+
+
+@pytest.mark.parametrize("make", [None, adamw], ids=["sgd", "adamw"])
+def test_state_dict_round_trip_continues_bitwise(make):
+    whole = Problem(make).train(range(10))
+    first = Problem(make).train(range(5))
+    buffer = io.BytesIO()
+    torch.save(
+        {"model": first.model.state_dict(), "optimizer": first.optimizer.state_dict()}, buffer
+    )
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    second = Problem(make)
+    second.model.load_state_dict(saved["model"])
+    second.optimizer.load_state_dict(saved["optimizer"])
+    assert second.train(range(5, 10)).same_as(whole)
+
+
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 0.5**epoch),
+    "step": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.1),
+    "exponential": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
+    "restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
+    "one_cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.5, total_steps=20),
+    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [
+            torch.optim.lr_scheduler.ConstantLR(o, 0.1, total_iters=3),
+            torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+        ],
+        [3],
+    ),
+}
+
+
+def advance(scheduler: Any) -> None:
+    plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    scheduler.step(1.0) if plateau else scheduler.step()
+
+
+def model_rates(name: str, steps: int) -> list[float]:
+    """What the schedule gives for a plain optimizer."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+    scheduler, rates = SCHEDULERS[name](optimizer), []
+    for _ in range(steps):
+        optimizer.step()
+        advance(scheduler)
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedules_drive_the_model_and_not_the_rows(name):
+    problem = Problem()
+    scheduler, rates = SCHEDULERS[name](problem.optimizer), []
+    for step in range(8):
+        problem.train(range(step, step + 1))
+        advance(scheduler)
+        rates.append(problem.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx(model_rates(name, 8), rel=1e-12)
+    group = problem.optimizer.rows.param_groups[0]
+    assert (group["lr"], group["momentum"]) == (0.5, 0.9)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedules_may_step_while_gradients_wait(name):
+    """As under gradient accumulation, or after GradScaler skipped a step."""
+    problem = Problem()
+    scheduler, rates = SCHEDULERS[name](problem.optimizer), []
+    problem.train(range(1))
+    for step in range(1, 9):
+        problem.loss(step).backward()
+        advance(scheduler)
+        rates.append(problem.optimizer.param_groups[0]["lr"])
+        if step % 2 == 0:
+            problem.optimizer.step()
+            problem.optimizer.zero_grad()
+    assert rates == pytest.approx(model_rates(name, 8), rel=1e-12)
+    group = problem.optimizer.rows.param_groups[0]
+    assert (group["lr"], group["momentum"]) == (0.5, 0.9)
+
+
+def test_a_schedule_made_while_gradients_wait_does_not_take_the_rows():
+    problem = Problem()
+    problem.loss(0).backward()
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(problem.optimizer, 0.5)
+    problem.optimizer.step()
+    scheduler.step()
+    assert len(scheduler.base_lrs) == 1
+    assert problem.optimizer.rows.param_groups[0]["lr"] == 0.5
+
+
+def test_grad_scaler_trains_as_without_it():
+    plain = Problem().train(range(6))
+    scaled = Problem()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(6):
+        scaled.optimizer.zero_grad()
+        scaler.scale(scaled.loss(step)).backward()
+        if step % 2:
+            scaler.unscale_(scaled.optimizer)  # as before clipping
+            torch.nn.utils.clip_grad_norm_(scaled.model.parameters(), 1e9)
+        scaler.step(scaled.optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 2.0**10
+    assert scaled.same_as(plain)  # a power of two scales without rounding
+
+
+@pytest.mark.parametrize("where", ["rows", "both"])
+def test_grad_scaler_skips_the_step_of_both_on_inf(where):
+    problem = Problem().train(range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = copy.deepcopy(problem.model.state_dict())
+    values = problem.table.values.clone()
+    problem.optimizer.zero_grad()
+    loss = problem.loss(2)
+    if where == "rows":
+        loss = loss + problem.table.rows(torch.tensor([0])).sum() * math.inf
+    else:
+        loss = loss * math.inf
+    scaler.scale(loss).backward()
+    scaler.step(problem.optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0
+    assert torch.equal(problem.table.values, values)
+    for name, value in problem.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    problem.optimizer.zero_grad()
+    scaler.scale(problem.loss(3)).backward()
+    scaler.step(problem.optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0
+    assert not torch.equal(problem.table.values, values)
+
+
+def test_closures():
+    plain = Problem().train(range(4))
+    closed = Problem()
+    for step in range(4):
+
+        def closure(step: int = step) -> Tensor:
+            closed.optimizer.zero_grad()
+            loss = closed.loss(step)
+            loss.backward()
+            return loss
+
+        loss = closed.optimizer.step(closure)  # type: ignore[arg-type]
+        assert torch.isfinite(loss)
+    assert closed.same_as(plain)
+
+
+def test_a_closure_called_many_times_counts_its_last_evaluation():
+    problem = Problem(lambda p: torch.optim.LBFGS(p, max_iter=5), lr=1.0, momentum=0.0)
+    evaluations: list[Tensor] = []
+
+    def closure() -> Tensor:
+        problem.optimizer.zero_grad()
+        loss = problem.loss(0)
+        loss.backward()
+        evaluations.append(problem.table.visited()[-1].leaf.grad.clone())  # type: ignore[union-attr]
+        return loss
+
+    problem.optimizer.step(closure)  # type: ignore[arg-type]
+    assert len(evaluations) > 1
+    index = torch.randint(0, N, (6,), generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(N).index_add_(0, index, -evaluations[-1])
+    torch.testing.assert_close(problem.table.values, expected)
+
+
+@pytest.mark.parametrize("order", ["before_forward", "between", "after_step"])
+def test_zero_grad_of_the_wrapper_in_any_order(order):
+    reference, problem = Problem().train(range(4)), Problem()
+    for step in range(4):
+        if order == "before_forward":
+            problem.optimizer.zero_grad()
+        loss = problem.loss(step)
+        if order == "between":
+            problem.optimizer.zero_grad()
+        loss.backward()
+        problem.optimizer.step()
+        if order == "after_step":
+            problem.optimizer.zero_grad()
+    assert problem.same_as(reference)
+
+
+def test_add_param_group_reaches_the_models_optimizer_alone():
+    problem = Problem().train(range(1))
+    extra = nn.Parameter(torch.ones(2))
+    problem.optimizer.add_param_group({"params": [extra], "lr": 0.25})
+    assert len(problem.optimizer.optimizer.param_groups) == 2
+    assert len(problem.optimizer.rows.param_groups) == 1
+    extra.sum().backward()
+    problem.optimizer.step()
+    assert extra.tolist() == [0.75, 0.75]
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_copies_are_independent_and_continue_alike(how, scheduled):
+    problem = Problem().train(range(3))
+    if scheduled:
+        torch.optim.lr_scheduler.ExponentialLR(problem.optimizer, 0.5)  # patches step()
+    clone = how(problem)
+    assert clone.optimizer.rows.tables[0] is clone.table
+    assert clone.table is not problem.table
+    before = problem.table.values.clone()
+    clone.train(range(3, 6))
+    assert torch.equal(problem.table.values, before)
+    assert problem.train(range(3, 6)).same_as(clone)
+
+
+def test_step_hooks_run():
+    problem, calls = Problem(), []
+    problem.optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    problem.optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    problem.train(range(1))
+    assert calls == ["pre", "post"]
+
+
+def test_a_ready_row_optimizer_is_taken_as_it_is():
+    model, table = nn.Linear(2, 2), ParameterTable(3)
+    rows = RowAdam([table], lr=0.3)
+    wrapper = DataParameterOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), rows)
+    assert wrapper.rows is rows
+    with pytest.raises(ValueError, match=r"\['lr'\] belong to the row optimizer"):
+        DataParameterOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), rows, lr=0.2)
+    with pytest.raises(TypeError, match="must be a torch.optim.Optimizer, got Linear"):
+        DataParameterOptimizer(model, [table])  # type: ignore[arg-type]
