@@ -465,9 +465,7 @@ class Problem:
         self.model = nn.Linear(4, 3)
         self.table = table or ParameterTable(N, bounds=(-3, 3))
         make = make or (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
-        self.optimizer = DataParameterOptimizer(
-            make(self.model.parameters()), [self.table], **{"lr": 0.5, **rows}
-        )
+        self.optimizer = DataParameterOptimizer(make(self.model.parameters()), [self.table], **{"lr": 0.5, **rows})
 
     def loss(self, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
@@ -486,9 +484,7 @@ class Problem:
 
     def same_as(self, other: "Problem") -> bool:
         pairs = zip(self.model.parameters(), other.model.parameters(), strict=True)
-        return all(torch.equal(a, b) for a, b in pairs) and torch.equal(
-            self.table.values, other.table.values
-        )
+        return all(torch.equal(a, b) for a, b in pairs) and torch.equal(self.table.values, other.table.values)
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -523,9 +519,7 @@ def test_state_dict_round_trip_continues_bitwise(make):
     whole = Problem(make).train(range(10))
     first = Problem(make).train(range(5))
     buffer = io.BytesIO()
-    torch.save(
-        {"model": first.model.state_dict(), "optimizer": first.optimizer.state_dict()}, buffer
-    )
+    torch.save({"model": first.model.state_dict(), "optimizer": first.optimizer.state_dict()}, buffer)
     buffer.seek(0)
     saved = torch.load(buffer, weights_only=True)
     second = Problem(make)

@@ -22,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from sklearn.metrics import roc_auc_score
 
 from dataparams.report.rows import DETECTORS, read_rows
-from dataparams.tasks import DigitsData
-from dataparams.train import AtomicCheckpointIO, list_choices, run
+from dataparams.tasks import Classifier, DigitsData
+from dataparams.train import AtomicCheckpointIO, list_choices, main, run
 
 ROOT = Path(__file__).parents[1]
 # After one or two epochs the rows have indeed hardly moved.
@@ -180,16 +180,16 @@ def test_logged_validation_equals_the_evaluation_from_checkpoints(finished):
         assert results[f"best_epoch{suffix}"] == curve.idxmax()
 
 
-class ValidationGetsWorse(Callback):
-    """Validation falls from the first epoch on, while training, and with it the test, goes on getting better."""
+class ValidationGetsWorse(Classifier):
+    """Validation falls from the first epoch on, while the model, and with it the test, goes on getting better."""
 
-    def on_validation_epoch_end(self, trainer, pl_module):
-        trainer.callback_metrics["val_accuracy"] = torch.tensor(1.0 - 0.1 * trainer.current_epoch)
+    def validation_step(self, batch, batch_idx):
+        self.log("val_accuracy", 1.0 - 0.1 * self.current_epoch)
 
 
 def test_the_best_epoch_is_chosen_on_validation_and_not_on_test(tmp_path):
-    name = f"{__name__}.ValidationGetsWorse"
-    results = short_run(tmp_path, "method=none", "trainer.max_epochs=4", f"+callbacks.worse._target_={name}")
+    name = f"{__name__}.{ValidationGetsWorse.__name__}"
+    results = short_run(tmp_path, "method=none", "trainer.max_epochs=4", f"module._target_={name}")
     assert results["best_epoch"] == 0
     assert results["test_accuracy_last"] > results["test_accuracy_best"] + 0.05
     rows = read_rows(tmp_path / "rows.parquet")
@@ -262,7 +262,7 @@ def test_a_sweep_ends_with_its_table_and_every_run_with_its_files(tmp_path):
     assert {"0-none-seed0", "1-data_parameters-seed0", "summary.csv"} <= files_in(tmp_path / "sweep")
     for name in ("0-none-seed0", "1-data_parameters-seed0"):
         assert {"config.yaml", "metrics.csv", "results.json", "rows.parquet", "accuracy.png"} <= files_in(tmp_path / "sweep" / name)
-    assert "epoch 2 of 2" in done.stderr  # the progress bar
+    assert "epoch 2 of 2" in done.stdout  # the progress bar
     for noise in ("does not have many workers", "Tip:", "available:", "LeafSpec"):
         assert noise not in done.stdout + done.stderr
 
@@ -292,13 +292,28 @@ def test_a_sweep_with_a_failed_job_fails_and_still_shows_the_others(tmp_path):
     assert f"sweep: {tmp_path / 'sweep'}" in done.stdout
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch, capfd):
+    """Call the command line in this process, in an empty folder: what it prints to stderr, and that it fails."""
+    monkeypatch.chdir(tmp_path)
+
+    def failing(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["dataparams", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code not in (0, None)
+        message = stop.value.code if isinstance(stop.value.code, str) else ""
+        return message + capfd.readouterr().err
+
+    return failing
+
+
 @pytest.mark.parametrize("arguments", [["hydra.run.dir=file/run"], ["hydra.sweep.dir=file/sweep", "seed=0,1", "-m"]])
-def test_a_folder_that_cannot_be_written_is_one_line_before_training(tmp_path, arguments):
+def test_a_folder_that_cannot_be_written_is_one_line_before_training(tmp_path, here, arguments):
     (tmp_path / "file").write_text("")
-    done = command(tmp_path, *arguments)
-    assert done.returncode != 0
-    assert done.stderr.startswith("dataparams: cannot write to the output folder file/")
-    assert len(done.stderr.splitlines()) == 1
+    error = here(*arguments)
+    assert error.startswith("dataparams: cannot write to the output folder file/")
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -306,22 +321,19 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_training(tmp_path, a
     [
         (["trainer.max_epoch=3"], "Key 'max_epoch' is not in struct"),
         (["method=none,data_paramters", "-m"], "Could not find 'method/data_paramters'"),
+        (["experiment=digits_nose"], "Could not find 'experiment/digits_nose'"),
     ],
 )
-def test_a_misspelt_override_is_named_before_anything_runs(tmp_path, arguments, message):
-    done = command(tmp_path, *arguments)
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert not list(tmp_path.rglob("results.json"))
+def test_a_misspelt_override_is_named_before_anything_runs(tmp_path, here, arguments, message):
+    error = here(*arguments)
+    assert message in error
+    assert "Traceback" not in error
     assert not list(tmp_path.rglob("checkpoints"))
 
 
 @pytest.mark.parametrize("arguments", [["report", "nowhere"], ["compare", "."]])
-def test_a_folder_without_runs_is_a_message_and_no_traceback(tmp_path, arguments):
-    done = command(tmp_path, *arguments)
-    assert done.returncode != 0
-    assert done.stderr.startswith("dataparams: ")
-    assert "Traceback" not in done.stderr
+def test_a_folder_without_runs_is_a_message(here, arguments):
+    assert here(*arguments).startswith("dataparams: ")
 
 
 def test_ctrl_c_saves_what_was_learned_and_the_run_can_go_on(tmp_path):

@@ -42,9 +42,8 @@ class SweepSummary(Callback):
 
 
 def print_summary(sweep_dir: Path) -> None:
-    """Write and print the table of ``sweep_dir``. Where no job was started, leave nothing; where none finished, say so."""
-    if not any(sweep_dir.iterdir()):
-        sweep_dir.rmdir()
+    """Write and print the table of ``sweep_dir``; where no job has finished, say so. Silent where none was started."""
+    if not any(path.is_dir() for path in sweep_dir.iterdir()):
         return
     try:
         print(f"\n{compare(sweep_dir)}")

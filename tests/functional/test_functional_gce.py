@@ -25,9 +25,7 @@ def test_limits_are_cross_entropy_and_absolute_error():
     torch.manual_seed(0)
     logits, target = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 0])
     cross_entropy = F.cross_entropy(logits, target, reduction="none")
-    torch.testing.assert_close(
-        generalized_cross_entropy(logits, target, 1e-9), cross_entropy, rtol=1e-7, atol=0
-    )
+    torch.testing.assert_close(generalized_cross_entropy(logits, target, 1e-9), cross_entropy, rtol=1e-7, atol=0)
     absolute = (logits.softmax(1) - F.one_hot(target, 4)).abs().sum(1) / 2
     torch.testing.assert_close(generalized_cross_entropy(logits, target, 1.0), absolute)
 
