@@ -129,8 +129,8 @@ class RowIds:
 
     Args:
         num_rows: number of rows, or None while it is not known.
-        ids: all ids, in row order.
-        growing: unlisted ids get new rows (single process only, for processes would number them differently).
+        ids: ids known already, in row order.
+        growing: other ids get new rows (single process only, for processes would number them differently).
     """
 
     def __init__(self, num_rows: int | None, ids: Sequence[Hashable] | None = None, growing: bool = False) -> None:
@@ -138,7 +138,6 @@ class RowIds:
         self.rows: dict[Hashable, int] | None = None if ids is None else {name: row for row, name in enumerate(ids)}
         if self.rows is not None and ids is not None and len(self.rows) != len(ids):
             raise ValueError(f"ids holds {len(ids) - len(self.rows)} duplicates; every sample needs an id of its own")
-        self.listed = ids is not None
         self.growing = growing
 
     @property
@@ -194,11 +193,11 @@ class RowIds:
         row = self.rows.get(name)
         if row is not None:
             return row
-        if self.listed or not self.growing:
-            known = f"{len(self.rows)} known ids" if self.rows else "no known ids"
+        if not self.growing:
             raise KeyError(
-                f"id {name!r} was never seen before: it is not among the {known}. List every training id with ids=[...]"
-                + ("" if self.listed else " (needed under several processes, which must number the rows alike)")
+                f"id {name!r} was never seen before: it is not among the {len(self.rows)} known ids. List every "
+                "training "
+                "id with ids=[...] (several processes need the list, for they must number the rows alike)"
             )
         self.rows[name] = len(self.rows)
         return self.rows[name]
@@ -345,14 +344,32 @@ class IndexTracker:
         if self.index_key is None and length is not None and num_rows is not None and num_rows < length:
             raise ValueError(f"num_rows={num_rows}, but the training data has {length} samples; leave num_rows out")
         if self.ids is not None:
-            self.row_ids = RowIds(None, self.ids)
-        elif known is not None:
-            self.row_ids = RowIds(None, known)
-            self.row_ids.listed = False
-            self.row_ids.growing = world_size == 1
+            self.row_ids = RowIds(None, self.ids if known is None else self._in_known_order(known))
         else:
-            self.row_ids = RowIds(num_rows, growing=world_size == 1)
+            self.row_ids = RowIds(num_rows, known, growing=world_size == 1)
         return self.row_ids.num_rows
+
+    @property
+    def growing(self) -> bool:
+        """Ids get rows as they come, so that the tables may be larger than what was seen."""
+        return (
+            self.ids is None
+            and self.row_ids is not None
+            and (self.row_ids.num_rows is None or self.row_ids.rows is not None)
+        )
+
+    def _in_known_order(self, known: list[Any]) -> list[Any]:
+        """Listed ids numbered as in the checkpoint, whatever the order of the list."""
+        assert self.ids is not None
+        listed, before = set(self.ids), set(known)
+        if listed != before:
+            gone, new = sorted(map(str, before - listed)), sorted(map(str, listed - before))
+            raise ValueError(
+                f"ids differ from those of the checkpoint or the earlier fit: {len(gone)} are gone (such as "
+                f"{gone[:3]}), "
+                f"{len(new)} are new (such as {new[:3]}). Train on the same samples, or start anew"
+            )
+        return known
 
     # -- batches ---------------------------------------------------------------------------------------------------
 

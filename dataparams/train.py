@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,12 +18,10 @@ from typing import Any
 import hydra
 import lightning as L
 import pandas as pd
-import torch
 from hydra.utils import instantiate
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from dataparams.callbacks.averaging import AveragedWeights
@@ -190,7 +187,7 @@ def _write_metrics(run_dir: Path) -> None:
     for folder in folders:
         if (folder / "metrics.csv").exists():
             part = pd.read_csv(folder / "metrics.csv")
-            parts = [earlier[earlier["step"] < part["step"].min()] for earlier in parts] + [part]
+            parts = [earlier.loc[earlier["step"] < part["step"].min()] for earlier in parts] + [part]
     if parts:
         with replacing(run_dir / "metrics.csv") as beside:
             pd.concat(parts, ignore_index=True).to_csv(beside, index=False)

@@ -95,6 +95,23 @@ class Model(L.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
 
+class StepModel(Model):
+    """A model with the training step that a test needs, and the loss modules named by ``losses``."""
+
+    def __init__(self, step: Callable[[StepModel, Any], Any], **losses: nn.Module) -> None:
+        super().__init__()
+        del self.criterion
+        for name, loss in losses.items():
+            setattr(self, name, loss)
+        self.step = step
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.step(self, batch)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.net(x[:, :-1])
+
+
 def make_trainer(callbacks: Any, max_epochs: int = 2, **options: Any) -> L.Trainer:
     """A quiet trainer on the CPU."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}

@@ -1,5 +1,6 @@
 """Running sums against loops that keep every visit."""
 
+import itertools
 import math
 
 import numpy as np
@@ -32,7 +33,7 @@ class Loop:
 
     def forgetting(self, row: int) -> int:
         history = self.correct[row]
-        return sum(a and not b for a, b in zip(history, history[1:], strict=False))
+        return sum(a and not b for a, b in itertools.pairwise(history))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -52,19 +53,19 @@ def test_against_a_loop_with_duplicates_ignored_and_nan_losses(seed):
         loop.update(index, seen)
     frame = table.to_frame()
     assert sum(loop.forgetting(row) for row in range(rows)) > 20  # something to get wrong
-    for row, line in enumerate(frame.itertuples()):
-        assert line.visits == len(loop.visits[row])
-        assert line.forgetting_events == loop.forgetting(row)
+    for row, line in enumerate(frame.to_dict("records")):
+        assert line["visits"] == len(loop.visits[row])
+        assert line["forgetting_events"] == loop.forgetting(row)
         if not loop.visits[row]:
-            assert math.isnan(line.mean_loss)
+            assert math.isnan(line["mean_loss"])
             assert frame["given_label"].isna()[row]
             continue
         loss, margin, confidence = np.array(loop.visits[row], dtype=np.float64).T
-        assert line.given_label == loop.label[row] == labels[row]
-        assert line.mean_loss == pytest.approx(loss.mean(), rel=1e-5)
-        assert line.mean_margin == pytest.approx(margin.mean(), rel=1e-4, abs=1e-6)
-        assert line.confidence == pytest.approx(confidence.mean(), rel=1e-5)
-        assert line.variability == pytest.approx(confidence.std(), abs=1e-3)
+        assert line["given_label"] == loop.label[row] == labels[row]
+        assert line["mean_loss"] == pytest.approx(loss.mean(), rel=1e-5)
+        assert line["mean_margin"] == pytest.approx(margin.mean(), rel=1e-4, abs=1e-6)
+        assert line["confidence"] == pytest.approx(confidence.mean(), rel=1e-5)
+        assert line["variability"] == pytest.approx(confidence.std(), abs=1e-3)
 
 
 def observation(correct: list[bool], loss: list[float] | None = None) -> Observation:

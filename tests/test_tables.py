@@ -199,7 +199,7 @@ def test_refused_where_host_memory_cannot_hold_it(monkeypatch: pytest.MonkeyPatc
 def test_refused_where_the_disk_cannot_hold_it(monkeypatch, tmp_path: Path):
     usage = namedtuple("usage", "free")(39)
     monkeypatch.setattr(tables_module.shutil, "disk_usage", lambda parent: usage)
-    with pytest.raises(MemoryError, match="on the disk of .* choose a path on a larger disk"):
+    with pytest.raises(MemoryError, match=r"on the disk of .* choose a path on a larger disk"):
         ParameterTable(10, storage="mmap", path=tmp_path / "new" / "table.bin")
     assert not (tmp_path / "new").exists()
 

@@ -282,6 +282,11 @@ class MethodCallback(L.Callback):
                 )
                 return
 
+    @property
+    def names(self) -> list[Any] | None:
+        """The user's ids in row order, from this fit, an earlier one or a checkpoint; None where rows are the ids."""
+        return self.row_ids.names if self.row_ids is not None else self.known_ids
+
     # -- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -295,7 +300,7 @@ class MethodCallback(L.Callback):
             "tables": {name: table.state_dict() for name, table in self.tables.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "dynamics": None if self.dynamics is None else self.dynamics.state_dict(),
-            "ids": self.row_ids.names if self.row_ids is not None else self.known_ids,
+            "ids": self.names,
             "base_positions": None if base is None else torch.as_tensor(base),
         }
 
@@ -321,7 +326,7 @@ class MethodCallback(L.Callback):
             if self.dynamics is None or self.dynamics.num_rows != num_rows:
                 self.dynamics = DynamicsTable(num_rows)
             self.dynamics.load_state_dict(state_dict["dynamics"])
-        self.known_ids = state_dict["ids"]
+        self.row_ids, self.known_ids = None, state_dict["ids"]
         base = state_dict["base_positions"]
         self.base_positions = None if base is None else base.tolist()
 
@@ -370,7 +375,7 @@ class MethodCallback(L.Callback):
             raise RuntimeError(
                 f"{type(self).__name__} has no rows yet: train first, or load_state_dict from a checkpoint"
             )
-        names = self.row_ids.names if self.row_ids is not None else self.known_ids
+        names = self.names
         frame = self.dynamics.to_frame()
         if names is not None:  # tables of growing ids are larger than what was seen
             frame = frame.iloc[: len(names)].copy()

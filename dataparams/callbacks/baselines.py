@@ -186,11 +186,12 @@ class ELR(_LossBaseline):
         """Write the batch's averages, those of all processes alike."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         seen, self._seen = self._seen, []
-        if self._averages is None or not seen:
+        if self._averages is None or not (seen or trainer.world_size > 1):
             return
         values = self._averages.values
-        index = torch.cat([rows for rows, _ in seen])
-        probabilities = torch.cat([p for _, p in seen]).to(values.device)
+        nothing = (torch.zeros(0, dtype=torch.int64, device=values.device), values.new_zeros((0, values.shape[1])))
+        index = torch.cat([rows for rows, _ in seen or [nothing]])
+        probabilities = torch.cat([p for _, p in seen or [nothing]]).to(values.device)
         if trainer.world_size > 1:
             index, probabilities = all_gather_rows(index, probabilities, device=trainer.strategy.root_device)
         segment = segments(index)

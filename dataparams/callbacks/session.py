@@ -105,16 +105,19 @@ class Session:
     def join(cls, trainer: L.Trainer, member: MethodCallback) -> Session:
         """Enter the trainer's session; the first to join patches the trainer's loader hook."""
         session = _SESSIONS.get(trainer)
-        if session is None:
+        members = [*(session.members if session else []), member]
+        agreed = {name: cls._agreed(members, name) for name in ("index_key", "ids", "num_rows")}
+        if session is None:  # nothing is patched before the arguments are known to be good
             session = _SESSIONS[trainer] = cls(trainer)
             session.tracker.install(trainer)
-        session.members = sorted([*session.members, member], key=lambda m: (type(m).__name__, m.state_key))
-        for name in ("index_key", "ids", "num_rows"):
-            setattr(session.tracker, name, session._agreed(name))
+        session.members = sorted(members, key=lambda m: (type(m).__name__, m.state_key))
+        for name, value in agreed.items():
+            setattr(session.tracker, name, value)
         return session
 
-    def _agreed(self, name: str) -> Any:
-        given = [value for value in (getattr(member, name) for member in self.members) if value is not None]
+    @staticmethod
+    def _agreed(members: list[MethodCallback], name: str) -> Any:
+        given = [value for value in (getattr(member, name) for member in members) if value is not None]
         if any(value is not given[0] and value != given[0] for value in given[1:]):
             raise ValueError(f"the method callbacks of one trainer must agree on {name}; got {given}")
         return given[0] if given else None
@@ -160,21 +163,23 @@ class Session:
         def training_step(*args: Any, **kwargs: Any) -> Any:
             with self._listen():
                 output = original(*args, **kwargs)
-            self._check_called(output)
+            skipped = output is None and module.automatic_optimization
+            if not skipped:
+                self._check_called()
             return output
 
         trainer.strategy.training_step = training_step
 
     def prepare(self, trainer: L.Trainer) -> None:
         """When the training loaders are there: size the tables, or check that a reload kept the length."""
-        known = next((member.known_ids for member in self.members if member.known_ids is not None), None)
+        known = next((names for member in self.members if (names := member.names) is not None), None)
         num_rows = self.tracker.settle(trainer.world_size, known)
         if self._prepared:
             return
         self._prepared = True
         device = trainer.strategy.root_device
         capacity = 1024 if num_rows is None else num_rows
-        if num_rows is None or known is not None:  # ids numbered as they come: the tables were grown ahead of them
+        if self.tracker.growing:  # the tables were grown ahead of the ids
             capacity = max([capacity, *(member.num_rows_built or 0 for member in self.members)])
         for member in self.members:
             member.prepare(capacity, trainer)
@@ -187,7 +192,7 @@ class Session:
     # -- finding the loss ------------------------------------------------------------------------------------------
 
     def _find_criterion(self, module: L.LightningModule) -> None:
-        wanted = self._agreed("criterion")
+        wanted = self._agreed(self.members, "criterion")
         if isinstance(wanted, str):
             try:
                 wanted = attrgetter(wanted)(module)
@@ -301,9 +306,9 @@ class Session:
         """After the loss module's forward: what the user's code gets."""
         return self.objective.end(self._module_calls.pop(), output)
 
-    def _check_called(self, output: Any) -> None:
-        if self._ever_called or self._calls or output is None:
-            self._ever_called = self._ever_called or self._calls > 0
+    def _check_called(self) -> None:
+        self._ever_called = self._ever_called or self._calls > 0
+        if self._ever_called:
             return
         what = (
             f"{self._criterion_name} was found but training_step did not call it"

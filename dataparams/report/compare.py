@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,8 @@ import yaml
 from .files import replacing
 
 BASELINE = "none"
-# Settings that tell the methods of a sweep apart or follow from the seed; two runs that differ in nothing else are a pair.
+# Settings that tell the methods of a sweep apart, follow from the seed or change no number; two runs that differ in
+# nothing else are a pair.
 PAIRED_APART = ("callbacks", "method", "run_dir", "seed", "tuned", "resume", "plots", "progress_bar")
 KEYS = ["experiment", "setting", "method"]
 
@@ -49,7 +51,7 @@ def read_sweep(sweep_dir: Path | str) -> pd.DataFrame:
     if not runs:
         raise FileNotFoundError(f"no results.json below {sweep_dir}: no run there has finished")
     frame = pd.DataFrame(runs)
-    settings = pd.DataFrame(configs, index=frame.index).map(lambda value: json.dumps(value, default=str))
+    settings: Any = pd.DataFrame(configs, index=frame.index).map(lambda value: json.dumps(value, default=str))
     settings = settings[[name for name in settings if not _follows_seed(name)]]
     shared = settings[[name for name in settings if name.split(".")[0] not in PAIRED_APART]]
     frame["context"] = [json.dumps(values) for values in shared.to_numpy().tolist()]
@@ -77,7 +79,9 @@ def _follows_seed(name: str) -> bool:
 
 
 def summarize(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
-    """Mean, standard deviation and paired difference of every number in ``runs``, a line per experiment, setting, method.
+    """Mean, standard deviation and paired difference of every number in ``runs``.
+
+    A line per experiment, setting and method.
 
     A run is paired with the baseline's run of the same experiment, seed and other settings. Columns: ``seeds`` (number
     of runs), ``<key>_mean``, ``<key>_std`` (n - 1; NaN for one run), and for pairs ``<key>_diff_mean``,
@@ -87,21 +91,18 @@ def summarize(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
         runs: what :func:`read_sweep` returns.
         baseline: the method subtracted. Where it is absent there are no differences.
     """
-    numbers = [
-        name
-        for name in runs.select_dtypes("number")
-        if name not in ("seed", "schema_version") and not pd.api.types.is_bool_dtype(runs[name])
-    ]
+    numbers = [name for name in runs.select_dtypes("number") if name not in ("seed", "schema_version")]
     pair = ["experiment", "seed", "context"]
-    base = runs[runs["method"] == baseline].drop_duplicates(pair)
-    matched = runs.merge(base[[*pair, *numbers]], on=pair, how="left", suffixes=("", "_base"), indicator=True)
+    base = runs.loc[runs["method"] == baseline].drop_duplicates(pair)
+    matched: Any = runs.merge(base[[*pair, *numbers]], on=pair, how="left", suffixes=("", "_base"), indicator=True)
     matched.index = runs.index
     lines = []
-    for key, group in runs.groupby(KEYS, sort=False):
-        line = {**dict(zip(KEYS, key, strict=True)), "seeds": len(group)}
+    group: Any
+    for _, group in runs.groupby(KEYS, sort=False):
+        line: dict[str, Any] = {**group.iloc[0][KEYS], "seeds": len(group)}
         pairs = matched.loc[group.index]
         pairs = pairs[pairs["_merge"] == "both"]
-        line["pairs"] = 0 if key[KEYS.index("method")] == baseline else len(pairs)
+        line["pairs"] = 0 if line["method"] == baseline else len(pairs)
         for name in numbers:
             line[f"{name}_mean"], line[f"{name}_std"] = group[name].mean(), group[name].std()
             if line["pairs"]:
@@ -109,14 +110,17 @@ def summarize(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
                 line[f"{name}_diff_mean"], line[f"{name}_diff_std"] = difference.mean(), difference.std()
         lines.append(line)
     summary = pd.DataFrame(lines)
-    order = [[name != baseline for name in summary["method"]], range(len(summary))]
-    return summary.iloc[np.lexsort((order[1], order[0], summary["setting"], summary["experiment"]))].reset_index(drop=True)
+    baseline_first = summary["method"] != baseline
+    order = np.lexsort((baseline_first, summary["setting"], summary["experiment"]))  # stable: methods as they came
+    return summary.iloc[order].reset_index(drop=True)
 
 
 def format_summary(summary: pd.DataFrame, baseline: str = BASELINE) -> str:
     """The summary as text: mean +- standard deviation, and in brackets the paired difference to the baseline."""
     parts = []
-    for (experiment, setting), group in summary.groupby(["experiment", "setting"], sort=False):
+    group: Any
+    for _, group in summary.groupby(["experiment", "setting"], sort=False):
+        experiment, setting = group.iloc[0][["experiment", "setting"]]
         table = pd.DataFrame({"method": group["method"], "seeds": group["seeds"].astype(str)})
         for key, heading, scale, digits in SHOWN:
             if f"{key}_mean" in group and group[f"{key}_mean"].notna().any():
@@ -128,7 +132,7 @@ def format_summary(summary: pd.DataFrame, baseline: str = BASELINE) -> str:
     return "\n\n".join(parts)
 
 
-def _cell(line: pd.Series, key: str, scale: float, digits: int) -> str:
+def _cell(line: Any, key: str, scale: float, digits: int) -> str:
     mean, deviation = line[f"{key}_mean"] * scale, line[f"{key}_std"] * scale
     if pd.isna(mean):
         return "-"
@@ -145,7 +149,9 @@ def _cell(line: pd.Series, key: str, scale: float, digits: int) -> str:
 def _aligned(table: pd.DataFrame) -> str:
     widths = [max(len(name), *map(len, table[name])) for name in table]
     lines = [list(table), *table.to_numpy().tolist()]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def compare(sweep_dir: Path | str, baseline: str = BASELINE) -> str:

@@ -28,8 +28,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
 def write_json(values: Mapping[str, object], path: Path | str) -> None:
     """Write ``values`` as JSON. NaN and infinities, which JSON has no word for, become null."""
     plain = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in values.items()
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
     }
     with replacing(path) as beside:
         beside.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")

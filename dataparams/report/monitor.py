@@ -20,8 +20,8 @@ from .rows import DETECTORS, auroc, merge_frames, suspicion
 class StepTimer(L.Callback):
     """Median wall time of a training step, from the end of one batch to the end of the next, validation left out.
 
-    Loading the batch is part of a step. The times live in the checkpoint, so that they are there after a resumed run and
-    after ``ddp_spawn``, which leaves this process's callbacks untouched.
+    Loading the batch is part of a step. The times live in the checkpoint, so that they are there after a resumed run
+    and after ``ddp_spawn``, which leaves this process's callbacks untouched.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class StepTimer(L.Callback):
 
     @property
     def step_time_ms(self) -> float:
-        """Milliseconds; the median over epochs of the epoch's median. NaN before the first epoch of two batches ends."""
+        """Milliseconds: the median over epochs of the epoch's median. NaN before an epoch of two batches has ended."""
         return 1e3 * median(self._epoch_medians) if self._epoch_medians else float("nan")
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -62,9 +62,9 @@ class StepTimer(L.Callback):
 class DetectionMonitor(L.Callback):
     """Logs, every epoch, how well each detector tells wrong labels from right ones.
 
-    ``auroc_<detector>``, and ``<column>_clean`` and ``<column>_corrupt``, the means of its column over the clean and the
-    corrupt samples. It hears of the truth only here, from the data module (``is_corrupt``, by position in the training set);
-    the method never does. Silent where the truth is not known.
+    ``auroc_<detector>``, and ``<column>_clean`` and ``<column>_corrupt``, the means of its column over the clean and
+    the corrupt samples. The truth comes from the data module (``is_corrupt``, by position in the training set) and is
+    seen here alone; the method never sees it. Silent where the truth is not known.
 
     Args:
         methods: the callbacks whose rows are looked at.

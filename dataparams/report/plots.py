@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -56,7 +56,10 @@ def by_epoch(metrics: pd.DataFrame) -> pd.DataFrame:
 def accuracy_plot(epochs: pd.DataFrame, results: dict, title: str) -> Figure:
     """Accuracy on the noisy validation labels over epochs, with the clean test accuracy of the best and the last."""
     figure, axes = _figure(title)
-    curves = {"val_accuracy": ("validation (noisy labels)", CLEAN), "val_accuracy_ema": ("validation, averaged weights", CORRUPT)}
+    curves = {
+        "val_accuracy": ("validation (noisy labels)", CLEAN),
+        "val_accuracy_ema": ("validation, averaged weights", CORRUPT),
+    }
     for column, (label, color) in curves.items():
         if column in epochs:
             curve = epochs[column].dropna()
@@ -132,7 +135,10 @@ def detector_plot(rows: pd.DataFrame, title: str) -> Figure:
 
 
 def roc_curve(scores: pd.Series, is_corrupt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """False and true positive rates at every distinct threshold, from (0, 0) to (1, 1). Unscored samples are left out."""
+    """False and true positive rates at every distinct threshold, from (0, 0) to (1, 1).
+
+    Samples without a score are left out.
+    """
     values = scores.to_numpy(dtype=np.float64)
     seen = ~np.isnan(values)
     values, truth = values[seen], is_corrupt[seen]
@@ -141,11 +147,11 @@ def roc_curve(scores: pd.Series, is_corrupt: np.ndarray) -> tuple[np.ndarray, np
     ends = np.append(np.flatnonzero(np.diff(values)), len(values) - 1)  # tied scores move together
     true_positives = np.cumsum(truth)[ends]
     false_positives = ends + 1 - true_positives
-    rates = (np.append(0, counts) / max(counts[-1], 1) for counts in (false_positives, true_positives))
-    return tuple(rates)  # type: ignore[return-value]
+    false_rate, true_rate = (np.append(0, counts) / max(counts[-1], 1) for counts in (false_positives, true_positives))
+    return false_rate, true_rate
 
 
-def _figure(title: str, panels: int = 1, size: tuple[float, float] | None = None) -> tuple[Figure, Axes]:
+def _figure(title: str, panels: int = 1, size: tuple[float, float] | None = None) -> tuple[Figure, Any]:
     """A figure without pyplot, whose global state would outlive the run."""
     figure = Figure(figsize=size or (4.8 * panels + (1.2 if panels == 1 else 0), 4.0), layout="constrained")
     FigureCanvasAgg(figure)

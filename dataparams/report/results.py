@@ -113,8 +113,8 @@ def collect_results(
 def score(module: L.LightningModule, datamodule: Any) -> dict[str, float]:
     """Accuracy on validation and test, and likelihood and calibration error on test; all with the weights as they are.
 
-    ``test_nll_calibrated`` and ``test_ece_calibrated`` divide the logits by one temperature fitted on validation data, without
-    which the numbers of different methods cannot be compared.
+    ``test_nll_calibrated`` and ``test_ece_calibrated`` divide the logits by one temperature fitted on validation data,
+    without which the numbers of different methods cannot be compared.
     """
     val_logits, val_labels = evaluate(module, datamodule.val_dataloader())
     test_logits, test_labels = evaluate(module, datamodule.test_dataloader())

@@ -1,8 +1,8 @@
 """``rows.parquet``: one line per training sample, the same columns for every method.
 
-===================  ========  =====================================================================================
+===================  ========  ====================================================================================
 column               type      meaning
-===================  ========  =====================================================================================
+===================  ========  ====================================================================================
 index                int64     position in the training set
 id                   any       the data set's own name of the sample; the index where it has none
 given_label          int64     the label trained with
@@ -15,11 +15,12 @@ forgetting_events    int64     times it went from right to wrong
 confidence           float     mean probability of the given label
 variability          float     its standard deviation over visits
 log_temperature      float     method ``data_parameters``: log sigma of the sample
-===================  ========  =====================================================================================
+===================  ========  ====================================================================================
 
-Below the first five, a column holds its value at the best epoch (best accuracy on the noisy validation labels) and,
-suffixed ``_last``, at the last one. Later methods add columns of their own, and never rename these. The Parquet metadata
-carries the version of this schema under ``dataparams_schema_version``; it changes when a column changes its meaning.
+After the first five, a column holds its value at the best epoch (best accuracy on the noisy validation labels) and,
+suffixed ``_last``, at the last one. Later methods add columns of their own, and never rename these. The Parquet
+metadata carries the version of this schema under ``dataparams_schema_version``; it changes when a column changes its
+meaning.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def build_rows(
     if not np.array_equal(np.sort(best["index"]), np.sort(last["index"])):
         raise ValueError("the rows at the best and at the last epoch are not the same samples")
     changing = [column for column in last if column not in STATIC_COLUMNS]
-    later = last[["index", *changing]].rename(columns={name: f"{name}_last" for name in changing})
+    later = last.loc[:, ["index", *changing]].rename(columns={name: f"{name}_last" for name in changing})
     rows = best.merge(later, on="index", validate="one_to_one").sort_values("index", ignore_index=True)
     index = rows["index"].to_numpy()
     for column, truth in (("true_label", true_labels), ("is_corrupt", is_corrupt), ("id", ids)):
@@ -94,7 +95,7 @@ def build_rows(
             raise ValueError(f"index {index.max()} lies outside {column}, which has {len(truth)} entries")
         rows[column] = truth[index]
     static = [column for column in STATIC_COLUMNS if column in rows]
-    return rows[static + [column for column in rows if column not in static]]
+    return rows.loc[:, static + [column for column in rows if column not in static]]
 
 
 def write_rows(rows: pd.DataFrame, path: Path | str) -> None:
@@ -134,14 +135,14 @@ def auroc(scores: pd.Series | np.ndarray, is_corrupt: pd.Series | np.ndarray) ->
 
     Samples without a score (never visited) are left out. NaN where only one kind of sample is left.
     """
-    scores = pd.Series(np.asarray(scores, dtype=np.float64))
-    truth = np.asarray(is_corrupt, dtype=bool)
-    seen = scores.notna().to_numpy()
-    truth = truth[seen]
+    values, truth = np.asarray(scores, dtype=np.float64), np.asarray(is_corrupt, dtype=bool)
+    seen = ~np.isnan(values)
+    values, truth = values[seen], truth[seen]
     if truth.all() or not truth.any():
         return float("nan")
-    # torchmetrics takes anything outside [0, 1] for a logit and applies a sigmoid, which ties large scores. Ranks do not.
-    ranks = torch.tensor((scores[seen].rank() / len(truth)).to_numpy())
+    # torchmetrics takes anything outside [0, 1] for a logit and applies a sigmoid, which ties large scores; ranks stay
+    # apart.
+    ranks = torch.tensor(pd.Series(values).rank(pct=True).to_numpy())
     return float(binary_auroc(ranks, torch.tensor(truth).long()))
 
 

@@ -38,7 +38,10 @@ class Model(L.LightningModule):
 
 def loader():
     generator = torch.Generator().manual_seed(0)
-    return DataLoader(TensorDataset(torch.randn(60, 4, generator=generator), torch.randint(0, 3, (60,), generator=generator)), batch_size=7)
+    return DataLoader(
+        TensorDataset(torch.randn(60, 4, generator=generator), torch.randint(0, 3, (60,), generator=generator)),
+        batch_size=7,
+    )
 
 
 def trained(tmp_path, decay=0.5, epochs=2, **fit):

@@ -14,7 +14,13 @@ from dataparams.report.compare import compare, format_summary, read_sweep, summa
 
 def write_run(folder, method, seed, accuracy, experiment="digits", config=None, **more):
     folder.mkdir(parents=True)
-    results = {"experiment": experiment, "method": method, "seed": seed, "test_accuracy_best": accuracy, "test_accuracy_last": accuracy}
+    results = {
+        "experiment": experiment,
+        "method": method,
+        "seed": seed,
+        "test_accuracy_best": accuracy,
+        "test_accuracy_last": accuracy,
+    }
     (folder / "results.json").write_text(json.dumps(results | more))
     if config is not None:
         (folder / "config.yaml").write_text(yaml.safe_dump(config | {"method": method, "seed": seed}))

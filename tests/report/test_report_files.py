@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -19,13 +20,17 @@ def test_success_replaces_and_leaves_nothing_beside(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def _write_half(path: Path, error: type[BaseException]) -> None:
+    path.write_text("half of the n")
+    raise error
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failing_writer_keeps_the_old_file_and_no_half_of_the_new(tmp_path, error):
     path = tmp_path / "file.txt"
     path.write_text("old")
     with pytest.raises(error), replacing(path) as beside:
-        beside.write_text("half of the n")
-        raise error
+        _write_half(beside, error)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

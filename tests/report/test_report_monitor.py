@@ -45,7 +45,9 @@ def test_the_step_time_is_the_median_and_leaves_out_validation(monkeypatch):
 
 def watched(monkeypatch, is_corrupt):
     method = TrainingDynamics()
-    rows = pd.DataFrame({"index": [3, 1, 0, 2], "mean_loss": [4.0, 2.0, 1.0, 3.0], "mean_margin": [-4.0, -2.0, -1.0, -3.0]})
+    rows = pd.DataFrame(
+        {"index": [3, 1, 0, 2], "mean_loss": [4.0, 2.0, 1.0, 3.0], "mean_margin": [-4.0, -2.0, -1.0, -3.0]}
+    )
     monkeypatch.setattr(method, "to_frame", lambda: rows)
     logged = {}
     module = SimpleNamespace(log_dict=lambda values, **_: logged.update(values))

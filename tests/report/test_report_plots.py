@@ -22,7 +22,13 @@ RESULTS = {
 def rows():
     generator = np.random.default_rng(0)
     corrupt = np.arange(60) % 3 == 0
-    columns = {"index": np.arange(60), "id": np.arange(60), "given_label": 0, "true_label": corrupt.astype(int), "is_corrupt": corrupt}
+    columns = {
+        "index": np.arange(60),
+        "id": np.arange(60),
+        "given_label": 0,
+        "true_label": corrupt.astype(int),
+        "is_corrupt": corrupt,
+    }
     for name in ("mean_loss", "mean_margin", "log_temperature"):
         for suffix in ("", "_last"):
             columns[name + suffix] = generator.normal(size=60) + corrupt
@@ -48,7 +54,12 @@ def run_dir(tmp_path, rows):
 
 def test_a_full_run_gets_four_plots(run_dir):
     paths = write_plots(run_dir)
-    assert [path.name for path in paths] == ["accuracy.png", "detectors.png", "log_temperature.png", "log_temperature_histogram.png"]
+    assert [path.name for path in paths] == [
+        "accuracy.png",
+        "detectors.png",
+        "log_temperature.png",
+        "log_temperature_histogram.png",
+    ]
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -63,11 +74,11 @@ def test_without_truth_and_temperatures_only_the_accuracy_is_drawn(run_dir, rows
 def test_curves_hold_the_logged_values(run_dir):
     epochs = by_epoch(pd.read_csv(run_dir / "metrics.csv"))
     line, best = accuracy_plot(epochs, RESULTS, "t").axes[0].lines
-    assert line.get_xydata().tolist() == [[0, 0.5], [1, 0.6], [2, 0.55]]
+    np.testing.assert_array_equal(line.get_xydata(), [[0, 0.5], [1, 0.6], [2, 0.55]])
     assert best.get_xdata() == [1, 1]
     clean, corrupt, *_ = temperature_plot(epochs, 1, "t").axes[0].lines
-    assert clean.get_ydata().tolist() == [0.0, -1.0, -2.0]
-    assert corrupt.get_ydata().tolist() == [0.0, 1.0, 2.0]
+    np.testing.assert_array_equal(clean.get_ydata(), [0.0, -1.0, -2.0])
+    np.testing.assert_array_equal(corrupt.get_ydata(), [0.0, 1.0, 2.0])
 
 
 def test_the_roc_curve_equals_sklearns_with_ties_and_missing_scores():
@@ -83,6 +94,8 @@ def test_the_roc_curve_equals_sklearns_with_ties_and_missing_scores():
 
 
 def test_detectors_stand_in_the_legend_with_their_area(rows):
-    labels = [text.get_text() for text in detector_plot(rows, "t").axes[0].get_legend().get_texts()]
+    legend = detector_plot(rows, "t").axes[0].get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
     assert [label.split(",")[0] for label in labels] == ["averaged margin", "running mean loss", "log temperature"]
     assert all("area 0." in label for label in labels)

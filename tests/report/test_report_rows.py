@@ -59,7 +59,9 @@ def test_rows_of_different_samples_are_refused():
 
 
 def test_frames_of_several_callbacks_share_their_common_columns():
-    merged = merge_frames([frame([1, 0], mean_loss=[1.0, 0.0], own=[5, 4]), frame([0, 1], mean_loss=[0.0, 1.0], other=[6, 7])])
+    merged = merge_frames(
+        [frame([1, 0], mean_loss=[1.0, 0.0], own=[5, 4]), frame([0, 1], mean_loss=[0.0, 1.0], other=[6, 7])]
+    )
     assert list(merged) == ["index", "id", "given_label", "mean_loss", "own", "other"]
     assert merged["own"].tolist() == [4, 5]
     assert merged["other"].tolist() == [6, 7]
@@ -78,7 +80,7 @@ def test_a_later_schema_and_a_foreign_table_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not a table of dataparams"):
         read_rows(tmp_path / "foreign.parquet")
     pq.write_table(table.replace_schema_metadata({SCHEMA_KEY: "99"}), tmp_path / "later.parquet")
-    with pytest.raises(ValueError, match="schema version 99.*upgrade"):
+    with pytest.raises(ValueError, match=r"schema version 99.*upgrade"):
         read_rows(tmp_path / "later.parquet")
 
 
@@ -98,8 +100,18 @@ def test_auroc_leaves_out_samples_without_a_score():
 
 def test_detection_results_turn_the_margin_around_and_subtract_clean_from_corrupt():
     corrupt = np.array([True, True, False, False])
-    best = frame([0, 1, 2, 3], mean_loss=[3.0, 2.0, 1.0, 0.0], mean_margin=[-2.0, -1.0, 1.0, 2.0], log_temperature=[0.0, 0.0, 0.0, 0.0])
-    last = frame([0, 1, 2, 3], mean_loss=[0.0, 1.0, 2.0, 3.0], mean_margin=[-2.0, 1.0, -1.0, 2.0], log_temperature=[2.0, 1.0, 0.0, -1.0])
+    best = frame(
+        [0, 1, 2, 3],
+        mean_loss=[3.0, 2.0, 1.0, 0.0],
+        mean_margin=[-2.0, -1.0, 1.0, 2.0],
+        log_temperature=[0.0, 0.0, 0.0, 0.0],
+    )
+    last = frame(
+        [0, 1, 2, 3],
+        mean_loss=[0.0, 1.0, 2.0, 3.0],
+        mean_margin=[-2.0, 1.0, -1.0, 2.0],
+        log_temperature=[2.0, 1.0, 0.0, -1.0],
+    )
     results = detection_results(build_rows(best, last, is_corrupt=corrupt))
     assert results == {
         "auroc_log_temperature_best": 0.5,
