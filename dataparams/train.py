@@ -165,7 +165,8 @@ def _saving_when_interrupted(run_dir: Path, makers: dict[str, Any], datamodule: 
             _write_metrics(run_dir)
         print(
             f"\ninterrupted; what was learned so far is in {run_dir}\n"
-            f"continue from the last finished epoch: the same command with resume=true hydra.run.dir={run_dir}",
+            f"continue from the last finished epoch: the same command with resume=true hydra.run.dir={run_dir}\n"
+            f"(a job of a sweep: with resume=true hydra.sweep.dir={run_dir.parent})",
             file=sys.stderr,
         )
         raise SystemExit(INTERRUPTED) from None

@@ -58,7 +58,7 @@ def test_against_a_loop_with_duplicates_ignored_and_nan_losses(seed):
         assert line["forgetting_events"] == loop.forgetting(row)
         if not loop.visits[row]:
             assert math.isnan(line["mean_loss"])
-            assert frame["given_label"].isna()[row]
+            assert frame["given_label"].isna().tolist()[row]
             continue
         loss, margin, confidence = np.array(loop.visits[row], dtype=np.float64).T
         assert line["given_label"] == loop.label[row] == labels[row]

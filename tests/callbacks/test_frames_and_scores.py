@@ -104,12 +104,12 @@ def test_samples_without_a_visit(level: Any):
 
 
 class Separable(Numbered):
-    """Three clusters; the labels of every sixth sample are wrong."""
+    """Three clusters; the labels of every seventh sample are wrong."""
 
     def __init__(self) -> None:
         super().__init__()
         self.true = torch.arange(SAMPLES) % CLASSES
-        self.corrupt = torch.arange(SAMPLES) % 6 == 1
+        self.corrupt = torch.arange(SAMPLES) % 7 == 1
         self.y = torch.where(self.corrupt, (self.true + 1) % CLASSES, self.true)
         self.x[:, :-1] = 0.1 * self.x[:, :-1] + 2 * torch.nn.functional.one_hot(self.true, 4)
 
