@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dataparams.functional.dynamics import Observation
 from dataparams.optim import segment_sum, segments
+from dataparams.tables import require_room
 
 BYTES_PER_ROW = 28
 
@@ -24,10 +25,14 @@ class DynamicsTable:
     Args:
         num_rows: number of samples N.
         device: where the sums live; 28 bytes a row.
+
+    Raises:
+        MemoryError: they do not fit there.
     """
 
     def __init__(self, num_rows: int, device: torch.device | str = "cpu") -> None:
         self.num_rows = num_rows
+        require_room(num_rows * BYTES_PER_ROW, f"training dynamics of {num_rows:,} samples", torch.device(device))
         # columns: loss, margin, confidence, confidence squared
         self.sums = torch.zeros((num_rows, 4), device=device)
         # columns: visits, forgetting events, 2 * (label + 1) + (correct at the last visit), or -1; label -1 is "no

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import lightning as L
@@ -27,13 +29,14 @@ IndexKey = str | int | Callable[[Any], Any]
 class IndexedBatch:
     """A batch as the user's collate function made it, and the row of each of its samples."""
 
-    def __init__(self, batch: Any, index: Tensor) -> None:
+    def __init__(self, batch: Any, index: Tensor, serial: int = 0) -> None:
         self.batch = batch
         self.index = index
+        self.serial = serial
 
     def pin_memory(self) -> IndexedBatch:
         """Called by the DataLoader; the index stays on the host, where it is checked."""
-        return IndexedBatch(pin_memory(self.batch), self.index)
+        return IndexedBatch(pin_memory(self.batch), self.index, self.serial)
 
 
 class _Samples:
@@ -80,12 +83,12 @@ class IndexedCollate:
 
     Args:
         collate: the loader's collate function.
-        offset: row of the loader's first sample (several loaders share one table).
+        serial: number of the loader, for several loaders share one table.
     """
 
-    def __init__(self, collate: Callable[[Any], Any], offset: int = 0) -> None:
+    def __init__(self, collate: Callable[[Any], Any], serial: int = 0) -> None:
         self.collate = collate
-        self.offset = offset
+        self.serial = serial
 
     def __call__(self, fetched: _Samples) -> IndexedBatch:
         try:
@@ -98,16 +101,16 @@ class IndexedCollate:
                 "an id and name it with "
                 "index_key="
             )
-        return IndexedBatch(self.collate(fetched.samples), index.reshape(-1).to(torch.int64) + self.offset)
+        return IndexedBatch(self.collate(fetched.samples), index.reshape(-1).to(torch.int64), self.serial)
 
 
-def indexed_loader(loader: DataLoader, offset: int = 0) -> DataLoader:
+def indexed_loader(loader: DataLoader, serial: int = 0) -> DataLoader:
     """A copy of the loader that yields :class:`IndexedBatch`; it shares sampler, workers' settings and data set."""
     clone = copy.copy(loader)
     # DataLoader.__setattr__ forbids new data sets after construction; a persistent iterator would yield plain batches.
     clone.__dict__.update(
         dataset=IndexedDataset(loader.dataset),
-        collate_fn=IndexedCollate(loader.collate_fn, offset),
+        collate_fn=IndexedCollate(loader.collate_fn, serial),
         _iterator=None,
     )
     return clone
@@ -166,6 +169,7 @@ class RowIds:
         values = ids if isinstance(ids, Tensor) else None
         if values is None:
             sequence = [ids] if isinstance(ids, (str, int)) else list(ids)
+            sequence = [i.item() if isinstance(i, Tensor) else i for i in sequence]  # tensors are looked up by identity
             if self.rows is None and not any(isinstance(i, str) for i in sequence):
                 values = torch.as_tensor(sequence)
         if values is not None and (values.is_floating_point() or values.dtype == torch.bool):
@@ -225,6 +229,18 @@ def read_ids(batch: Any, key: IndexKey) -> Any:
         ) from None
 
 
+@dataclass(frozen=True)
+class _TakenLoader:
+    """A training loader: its number, the user's own and what Lightning got, its length, positions below a
+    ``Subset``."""
+
+    serial: int
+    original: Any
+    taken: Any
+    length: int | None
+    base: list[int] | None
+
+
 class IndexTracker:
     """Follows samples through one trainer's training batches.
 
@@ -246,11 +262,10 @@ class IndexTracker:
         self.row_ids: RowIds | None = None
         self.base: list[int] | None = None
         self.current: list[Tensor] = []
-        self._lengths: list[int] = []
-        self._expected: list[int] | None = None
-        self._originals: list[Any] = []
-        self._copies: list[Any] = []
-        self._base: list[list[int] | None] = []
+        self._serial = 0
+        self._loaders: list[_TakenLoader] = []
+        self._offsets: dict[int, int] = {}
+        self._expected: list[int | None] = []
         self._patched: list[tuple[Any, str]] = []
 
     def install(self, trainer: L.Trainer) -> None:
@@ -277,48 +292,42 @@ class IndexTracker:
         """Undo :meth:`install`; the trainer holds the user's own loaders again."""
         while self._patched:
             owner, name = self._patched.pop()
-            owner.__dict__.pop(name, None)
+            vars(owner).pop(name, None)
         combined = trainer.fit_loop._combined_loader
         if combined is not None:
-            own = {id(clone): loader for clone, loader in zip(self._copies, self._originals, strict=True)}
+            own = {id(entry.taken): entry.original for entry in self._loaders}
             combined.flattened = [own.get(id(loader), loader) for loader in combined.flattened]
-        self._copies.clear()
-        self._originals.clear()
+        self._loaders.clear()
         self.current = []
 
     # -- loaders ---------------------------------------------------------------------------------------------------
 
     def _take(self, loader: Any) -> Any:
-        if self.index_key is not None:
-            dataset = getattr(loader, "dataset", None)
-            sized = dataset is not None and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
-            self._lengths.append(len(dataset) if sized else -1)  # type: ignore[arg-type]
-            self._base.append(None)
-            return loader
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            if self.num_rows is not None:  # every loss is computed with an explicit index
-                return loader
-            what = "an iterable data set" if isinstance(loader, DataLoader) else f"a {type(loader).__name__}"
-            raise ValueError(
-                f"the training loader reads from {what}, whose samples have no positions. Have it yield an id with "
-                "each sample and name it "
-                "with index_key= (dictionary key, tuple position or function), or compute the loss with "
-                "callback.loss(logits, target, "
-                "index=...) and give num_rows="
-            )
-        clone = indexed_loader(loader, offset=sum(self._lengths))
-        self._originals.append(loader)
-        self._copies.append(clone)
-        self._lengths.append(len(loader.dataset))  # type: ignore[arg-type]
-        self._base.append(base_positions(loader.dataset))
-        return clone
+        dataset = getattr(loader, "dataset", None)
+        sized = dataset is not None and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
+        wrap = self.index_key is None
+        if wrap and not (isinstance(loader, DataLoader) and sized):
+            if self.num_rows is None:
+                what = "an iterable data set" if isinstance(loader, DataLoader) else f"a {type(loader).__name__}"
+                raise ValueError(
+                    f"the training loader reads from {what}, whose samples have no positions. Have it yield an id with "
+                    "each sample and name it with index_key= (dictionary key, tuple position or function), or compute "
+                    "the loss with callback.loss(logits, target, index=...) and give num_rows="
+                )
+            wrap = False  # every loss is computed with an explicit index
+        self._serial += 1
+        taken = indexed_loader(loader, self._serial) if wrap else loader
+        length = len(dataset) if sized else None  # type: ignore[arg-type]
+        base = base_positions(dataset) if wrap else None
+        self._loaders.append(_TakenLoader(self._serial, loader, taken, length, base))
+        return taken
 
-    def settle(self, world_size: int, known: list[Any] | None = None) -> int | None:
-        """Called when all training loaders are there: fixes the number of rows.
+    def settle(self, trainer: L.Trainer, known: list[Any] | None = None) -> int | None:
+        """Called when all training loaders are there, and again after a reload: fixes the number of rows.
 
         Args:
-            world_size: number of processes.
-            known: ids in row order from a checkpoint, for ids that were numbered as they came.
+            trainer: whose loaders they are; those of earlier rounds (a reload, a learning-rate finder) are forgotten.
+            known: ids in row order from a checkpoint or an earlier fit.
 
         Returns:
             The number of rows, or None where ids are numbered as they come.
@@ -326,27 +335,32 @@ class IndexTracker:
         Raises:
             ValueError: the loaders have changed length since the fit began.
         """
-        lengths, self._lengths = self._lengths, []
-        bases, self._base = self._base, []
-        if self._expected is not None:
-            if lengths and lengths != self._expected:
+        combined = trainer.fit_loop._combined_loader
+        current = {id(loader) for loader in (combined.flattened if combined is not None else [])}
+        self._loaders = [entry for entry in self._loaders if id(entry.taken) in current]
+        lengths = [entry.length for entry in self._loaders]
+        starts = [0, *accumulate(length or 0 for length in lengths)]
+        self._offsets = {entry.serial: start for entry, start in zip(self._loaders, starts, strict=False)}
+        if self.row_ids is not None:
+            if lengths != self._expected:
                 raise ValueError(
                     f"the training data had {self._expected} samples and has {lengths} after reloading; rows would "
-                    "meet other samples. "
-                    "Keep the data set's length, or give every sample an id with index_key= and ids="
+                    "meet other samples. Keep the data set's length, or give every sample an id with index_key= and "
+                    "ids="
                 )
-            return self.row_ids.num_rows if self.row_ids else None
+            return self.row_ids.num_rows
         self._expected = lengths
-        if len(bases) == 1:
-            self.base = bases[0]
-        length = sum(lengths) if lengths and min(lengths) >= 0 else None
+        if len(self._loaders) == 1:
+            self.base = self._loaders[0].base
+        length = None if not lengths or None in lengths else starts[-1]
         num_rows = self.num_rows if self.num_rows is not None else length
         if self.index_key is None and length is not None and num_rows is not None and num_rows < length:
             raise ValueError(f"num_rows={num_rows}, but the training data has {length} samples; leave num_rows out")
+        growing = trainer.world_size == 1
         if self.ids is not None:
             self.row_ids = RowIds(None, self.ids if known is None else self._in_known_order(known))
         else:
-            self.row_ids = RowIds(num_rows, known, growing=world_size == 1)
+            self.row_ids = RowIds(num_rows, known, growing)
         return self.row_ids.num_rows
 
     @property
@@ -374,15 +388,14 @@ class IndexTracker:
     # -- batches ---------------------------------------------------------------------------------------------------
 
     def _strip(self, batch: Any) -> Any:
-        assert self.row_ids is not None
         self.current = []
         if self.index_key is not None:
-            if batch is not None:
+            if batch is not None and self.row_ids is not None:
                 self.current.append(self.row_ids.lookup(read_ids(batch, self.index_key)))
             return batch
 
         def take_off(indexed: IndexedBatch) -> Any:
-            self.current.append(indexed.index)
+            self.current.append(indexed.index + self._offsets.get(indexed.serial, 0))
             return indexed.batch
 
         return apply_to_collection(batch, IndexedBatch, take_off)

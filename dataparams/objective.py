@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -59,7 +60,6 @@ class Criterion:
         reduction: ``"mean" | "sum" | "none"``.
         ignore_index: of a softmax loss.
         weight: class weights of a softmax loss; its mean divides by their sum.
-        smoothing: label smoothing of the user's own.
     """
 
     kind: str
@@ -68,7 +68,6 @@ class Criterion:
     reduction: str = "mean"
     ignore_index: int = -100
     weight: Tensor | None = None
-    smoothing: float = 0.0
 
     @classmethod
     def of_module(cls, module: nn.Module, name: str) -> Criterion:
@@ -101,7 +100,6 @@ class Criterion:
             str(reduction),
             getattr(inner, "ignore_index", -100),
             getattr(inner, "weight", None) if kind in ("cross_entropy", "nll") else None,
-            getattr(inner, "label_smoothing", 0.0),
         )
 
     @classmethod
@@ -127,7 +125,6 @@ class Criterion:
             options.get("reduction", "mean"),
             options.get("ignore_index", -100),
             options.get("weight") if FUNCTION_KINDS[function] in ("cross_entropy", "nll") else None,
-            options.get("label_smoothing", 0.0),
         )
 
 
@@ -145,6 +142,8 @@ class LossCall:
         losses: per-element losses that replace the criterion's output, or None while it stands.
         log_terms: ``(B,)`` terms added to each instance's loss (the log sigma of a noise scale).
         visits: visits of instance rows made for this call; their gradient is read per instance when asked for.
+        unbatched: the user gave one sample without a batch dimension.
+        seen: what :meth:`observe` found.
     """
 
     criterion: Criterion
@@ -155,6 +154,8 @@ class LossCall:
     losses: Tensor | None = None
     log_terms: list[Tensor] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
+    unbatched: bool = False
+    seen: Observation | None = None
 
     def rows(self, table: ParameterTable) -> Tensor:
         """The batch's rows of an instance table, as a leaf ``(B, *row_shape)`` on the logits' device."""
@@ -187,36 +188,39 @@ class LossCall:
         weights = self.criterion.weight[self.target.where(counted, torch.zeros_like(self.target))]
         return losses.sum() / (weights * counted).sum()
 
-    def finish(self, output: Tensor, loss_scale: Callable[[], Tensor] | None) -> Tensor:
+    def finish(self, output: Tensor) -> Tensor:
         """The value that the user's code receives in place of the criterion's ``output``."""
         if self.losses is not None:
             output = self.reduce(self.losses)
         for term in self.log_terms:
             output = output + self._reduce_instances(term, output)
-        if self.visits and output.requires_grad:
-            visits, valid, mean = self.visits, self.valid, self.criterion.reduction == "mean"
+        return output.squeeze(0) if self.unbatched and output.dim() else output
 
-            def read_scale(upstream: Tensor) -> None:
-                # d total / d loss holds accumulation, loss weights and the GradScaler's factor, which must not change a
-                # row's rate per visit. The scaler's factor stays: the row optimizer is unscaled like any other.
-                if upstream.dim():
-                    share = upstream.reshape(valid.shape[0], -1).sum(1)
-                else:
-                    share = upstream / valid.sum() if mean else upstream
-                scale = torch.where(share == 0, torch.zeros_like(share), 1 / share).float()
-                for visit in visits:
-                    factor = scale if loss_scale is None else scale * loss_scale()
-                    visit.scale = (
-                        factor if not factor.dim() else factor.reshape(factor.shape + (1,) * (visit.index.dim() - 1))
-                    )
+    def read_scales(self, upstream: Tensor, loss_scale: Tensor | None) -> None:
+        """Tell each visit how to get from its leaf's gradient to that of the samples' own losses.
 
-            output.register_hook(read_scale)
-        return output
+        d total / d loss, ``upstream``, holds the accumulation's divisor, loss weights and the GradScaler's factor,
+        which must not change a row's rate per visit. The scaler's factor stays: the row optimizer is unscaled like any
+        other.
+        """
+        mean = self.criterion.reduction == "mean"
+        for visit in self.visits:
+            dense = visit.index.dim() > 1  # a row an element (a class temperature a pixel), not one a sample
+            if not upstream.dim():
+                valid = self.valid if not dense or visit.valid is None else visit.valid
+                share = upstream / valid.sum() if mean else upstream
+            elif dense and upstream.numel() == visit.index.numel():
+                share = upstream.reshape(visit.index.shape)
+            else:
+                share = upstream.reshape(upstream.shape[0], -1).sum(1) if upstream.numel() else upstream
+                share = share.reshape(share.shape + (1,) * (visit.index.dim() - share.dim()))
+            scale = torch.where(share == 0, torch.zeros_like(share), 1 / share).float()
+            visit.scale = scale if loss_scale is None else scale * loss_scale
 
     def _reduce_instances(self, term: Tensor, output: Tensor) -> Tensor:
         if self.criterion.reduction == "none":
             return term.reshape(term.shape + (1,) * (output.dim() - term.dim()))
-        return term.mean() if self.criterion.reduction == "mean" else term.sum() * (self.input.numel() / term.numel())
+        return term.mean() if self.criterion.reduction == "mean" else term.sum() * math.prod(self.input.shape[1:])
 
     def observe(self) -> Observation:
         """Training dynamics of the call, from what the user's model and data gave: call it before the stages."""
@@ -247,6 +251,17 @@ class Stage(Protocol):
         """Replace ``call.losses``."""
 
 
+def is_unbatched(kind: str, input: Tensor, target: Tensor) -> bool:
+    """Whether a loss call holds one sample without a batch dimension, as a squeezed last batch may."""
+    class_scores = kind in ("cross_entropy", "nll") or (kind == "custom" and target.dim() == 0)
+    return not input.dim() or (input.dim() == 1 and class_scores)
+
+
+def samples_in(kind: str, input: Tensor, target: Tensor) -> int:
+    """How many samples a loss call holds."""
+    return 1 if is_unbatched(kind, input, target) else input.shape[0]
+
+
 class Objective:
     """Runs the stages around the user's criterion.
 
@@ -255,12 +270,15 @@ class Objective:
 
     Attributes:
         loss_scale: returns the GradScaler's current factor as a tensor, or None.
-        observer: called with ``(index, observation)`` for every call.
+        inspector: called with ``(index, observation)`` when the loss is computed.
+        observer: called with ``(index, observation)`` when back-propagation reaches the loss: a loss that is computed
+            and thrown away (a pass to refresh BatchNorm, a skipped step) is not a visit.
     """
 
     def __init__(self, stages: Iterable[Stage] = ()) -> None:
         self.stages = sorted(stages, key=lambda stage: (stage.position, type(stage).__name__))
         self.loss_scale: Callable[[], Tensor] | None = None
+        self.inspector: Callable[[Tensor, Observation], None] | None = None
         self.observer: Callable[[Tensor, Observation], None] | None = None
 
     def begin(self, criterion: Criterion, input: Tensor, target: Tensor, index: Tensor) -> LossCall:
@@ -268,33 +286,31 @@ class Objective:
 
         Args:
             criterion: the user's.
-            input: ``(B, ...)``; a single unbatched sample ``(C,)`` counts as a batch of one for its row only.
+            input: ``(B, ...)``, or one sample without a batch dimension.
             target: as the criterion takes it.
             index: ``(B,)`` int64.
 
         Raises:
             ValueError: ``index`` and ``input`` disagree about the number of samples.
         """
-        if index.numel() != (input.shape[0] if input.dim() else 1):
+        samples = samples_in(criterion.kind, input, target)
+        if index.numel() != samples:
             raise ValueError(
-                f"{criterion.name} was called with {input.shape[0] if input.dim() else 1} samples, but the batch has "
-                f"{index.numel()}. If "
-                "the collate function drops samples, the data set makes several samples of one, or logits are "
-                "flattened, compute the "
-                "loss through the callback, which takes the rows: callback.loss(logits, target, index=...)"
+                f"{criterion.name} was called with {samples} samples, but the batch has {index.numel()}. If the "
+                "collate "
+                "function drops samples, the data set makes several samples of one, or logits are flattened, compute "
+                "the loss through the callback, which takes the rows: callback.loss(logits, target, index=...)"
             )
-        call = LossCall(
-            criterion,
-            input,
-            target,
-            index,
-            torch.ones(input.shape[:1], dtype=torch.bool, device=input.device),
-        )
+        unbatched = is_unbatched(criterion.kind, input, target)
+        if unbatched:
+            input, target = input.unsqueeze(0), target.unsqueeze(0)
+        valid = torch.ones(input.shape[:1], dtype=torch.bool, device=input.device)
+        call = LossCall(criterion, input, target, index, valid, unbatched=unbatched)
         with torch.no_grad():
-            seen = call.observe()
-        call.valid = seen.valid
-        if self.observer is not None:
-            self.observer(index, seen)
+            call.seen = call.observe()
+        call.valid = call.seen.valid
+        if self.inspector is not None:
+            self.inspector(index, call.seen)
         for stage in self.stages:
             stage.before(call)
         return call
@@ -303,11 +319,21 @@ class Objective:
         """Finish a call: the stages after the criterion, and its output as the user's code will see it."""
         for stage in self.stages:
             stage.after(call)
-        return call.finish(output, self.loss_scale)
+        output = call.finish(output)
+        if output.requires_grad:
+            reached: list[bool] = []
+
+            def on_gradient(upstream: Tensor) -> None:
+                call.read_scales(upstream, None if self.loss_scale is None else self.loss_scale())
+                if self.observer is not None and call.seen is not None and not reached:
+                    reached.append(True)  # a retained graph may be walked twice; the visit is one
+                    self.observer(call.index, call.seen)
+
+            output.register_hook(on_gradient)
+        return output
 
     def __call__(self, function: Callable[..., Tensor], index: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Call one of torch's loss functions through the stages: ``objective(F.cross_entropy, index, logits,
-        target)``."""
+        """Call one of torch's losses through the stages: ``objective(F.cross_entropy, index, logits, target)``."""
         bound = _signature(function).bind(*args, **kwargs).arguments
         input, target = bound.pop("input"), bound.pop("target")
         call = self.begin(Criterion.of_call(function, bound), input, target, index)

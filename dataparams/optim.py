@@ -10,6 +10,7 @@ only.
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -166,7 +167,7 @@ class RowOptimizer(torch.optim.Optimizer):
             return
         segment = segments(index)
         counts = segment_sum(segment, valid.to(grad.dtype))
-        grad = segment_sum(segment, grad * _broadcast(valid, grad))
+        grad = segment_sum(segment, torch.where(_broadcast(valid, grad), grad, torch.zeros_like(grad)))
         if self.duplicates == "mean":
             grad = grad / _broadcast(counts.clamp(min=1), grad)
         rows = table.values[index].to(grad.dtype)
@@ -195,7 +196,9 @@ class RowOptimizer(torch.optim.Optimizer):
             assert visit.leaf.grad is not None
             grad = visit.leaf.grad
             if self.grad_scale == "instance":
-                scale = visit.index.numel() if visit.scale is None else visit.scale
+                scale = visit.scale
+                if scale is None:
+                    scale = visit.index.numel() if visit.valid is None else visit.valid.sum().to(grad.device)
                 grad = grad * (_broadcast(scale, grad) if isinstance(scale, Tensor) and scale.dim() else scale)
             elif self.world_size > 1:
                 grad = grad / self.world_size
@@ -235,7 +238,14 @@ class RowOptimizer(torch.optim.Optimizer):
                 f"the saved state is for {len(state_dict['state'])} tables, this optimizer has {len(self.tables)}"
             )
         for saved, state in zip(state_dict["state"], self.row_state, strict=True):
+            if extra := sorted(set(saved) - set(state)):
+                raise ValueError(f"the saved state has {extra}, for which {type(self).__name__} has no use here")
             for name, buffer in state.items():
+                if name not in saved:
+                    raise ValueError(
+                        f"the saved state has {sorted(saved)}, {type(self).__name__} needs {sorted(state)}: it was "
+                        "made by another optimizer, or without momentum"
+                    )
                 if saved[name].shape != buffer.shape:
                     raise ValueError(
                         f"the saved {name} has shape {tuple(saved[name].shape)}, this one {tuple(buffer.shape)}: "
@@ -362,6 +372,17 @@ class RowAdam(RowOptimizer):
         return group["lr"] * first / (second.sqrt() + group["eps"])
 
 
+class _WithLeaves(UserDict):
+    """A parameter group, by reference, whose ``params`` end with the leaves that wait for a step."""
+
+    def __init__(self, group: dict[str, Any], leaves: list[Tensor]) -> None:
+        self.data = group
+        self.leaves = leaves
+
+    def __getitem__(self, key: str) -> Any:
+        return [*self.data["params"], *self.leaves] if key == "params" else self.data[key]
+
+
 class DataParameterOptimizer(torch.optim.Optimizer):
     """A model's optimizer and its tables' row optimizer, stepped as one.
 
@@ -401,10 +422,15 @@ class DataParameterOptimizer(torch.optim.Optimizer):
         self._ready = True
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The model's groups, the very same dictionaries; while rows wait for a step, followed by the rows' groups."""
-        waiting = self._ready and any(table.visited() for table in self.rows.tables)
-        return self.optimizer.param_groups + (self.rows.param_groups if waiting else [])
+    def param_groups(self) -> list[Any]:  # type: ignore[override]
+        """The model's groups, the very same dictionaries.
+
+        While rows wait for a step, the first group's ``params`` also show their leaves, for ``GradScaler`` to unscale
+        and check; what is written to the group still goes to the model's.
+        """
+        groups = self.optimizer.param_groups
+        leaves = [leaf for group in self.rows.param_groups for leaf in group["params"]] if self._ready else []
+        return [_WithLeaves(groups[0], leaves), *groups[1:]] if leaves else groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:

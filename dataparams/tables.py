@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,39 @@ class Visit:
     scale: Tensor | None = None
 
 
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    # Only towards an accelerator may a copy go on behind: towards the host the next line would read it too early.
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+def require_room(nbytes: int, what: str, place: torch.device | Path) -> None:
+    """Refuse what cannot fit, before it is allocated.
+
+    Args:
+        nbytes: bytes wanted.
+        what: for the message, in the plural.
+        place: a device, or a file that is to be made.
+
+    Raises:
+        MemoryError: less is free.
+    """
+    if isinstance(place, Path):
+        parent = next(p for p in place.absolute().parents if p.exists())
+        free, where, advice = (
+            shutil.disk_usage(parent).free,
+            f"on the disk of {parent}",
+            "choose a path on a larger disk",
+        )
+    elif place.type == "cuda":
+        free, where = torch.cuda.mem_get_info(place)[0], f"on {place}"
+        advice = "keep tables off the accelerator with storage='pinned' or storage='mmap'"
+    else:
+        free, where = psutil.virtual_memory().available, "in host memory"
+        advice = "use storage='mmap' with a file on a disk"
+    if nbytes > free:
+        raise MemoryError(f"{what} need {nbytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free {where}; {advice}")
+
+
 class ParameterTable:
     """Learnable rows, updated only where they are visited.
 
@@ -53,6 +87,8 @@ class ParameterTable:
             or ``"mmap"`` (a memory-mapped file, for tables larger than the host's memory). With the last two a step
             copies the batch's rows between host and accelerator.
         path: file of a memory-mapped table; it is created, and overwritten where it exists.
+        scratch: take the file's name away once it is mapped, where the system allows that: its space is free again when
+            the table is gone, and no other process can write to it.
 
     Raises:
         ValueError: no rows, empty bounds, an ``init`` outside the bounds, or a storage option that contradicts another.
@@ -76,6 +112,7 @@ class ParameterTable:
         device: torch.device | str | None = None,
         storage: Storage = "device",
         path: str | os.PathLike[str] | None = None,
+        scratch: bool = False,
     ) -> None:
         if num_rows < 1:
             raise ValueError(f"a table needs at least one row, got num_rows={num_rows}")
@@ -97,6 +134,7 @@ class ParameterTable:
         self.bounds = None if bounds is None else (float(bounds[0]), float(bounds[1]))
         self.storage: Storage = storage
         self.path = None if path is None else Path(path)
+        self.scratch = scratch
         self.pending: list[Visit] = []
         self.values = self.new_buffer(dtype, fill=self.init, device=device, suffix="")
 
@@ -125,7 +163,8 @@ class ParameterTable:
         device = torch.device(device or (values.device if values is not None else "cpu"))
         shape = (self.num_rows, *(self.row_shape if row_shape is None else row_shape))
         nbytes = math.prod(shape) * dtype.itemsize
-        self._require_room(nbytes, device)
+        place = self.path if self.storage == "mmap" else torch.device("cpu") if self.storage == "pinned" else device
+        require_room(nbytes, f"{self.num_rows:,} rows of shape {self.row_shape}", place or device)
         if self.storage == "mmap":
             assert self.path is not None
             file = self.path.with_name(self.path.name + suffix)
@@ -133,28 +172,13 @@ class ParameterTable:
             with open(file, "wb") as handle:
                 handle.truncate(nbytes)  # sparse: zeros cost neither time nor disk until they are written
             buffer = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+            if self.scratch:
+                with suppress(OSError):  # Windows keeps the name of a file in use
+                    file.unlink()
             return buffer if fill == 0 else buffer.fill_(fill)
         if self.storage == "pinned":
             return torch.full(shape, fill, dtype=dtype, pin_memory=torch.cuda.is_available())
         return torch.full(shape, fill, dtype=dtype, device=device)
-
-    def _require_room(self, nbytes: int, device: torch.device) -> None:
-        if self.storage == "mmap":
-            assert self.path is not None
-            parent = next(p for p in self.path.absolute().parents if p.exists())
-            free, where = shutil.disk_usage(parent).free, f"on the disk of {parent}"
-            advice = "choose a path on a larger disk"
-        elif device.type == "cuda" and self.storage == "device":
-            free, where = torch.cuda.mem_get_info(device)[0], f"on {device}"
-            advice = "keep it off the accelerator with storage='pinned' or storage='mmap'"
-        else:
-            free, where = psutil.virtual_memory().available, "in host memory"
-            advice = "use storage='mmap' with path=FILE on a disk"
-        if nbytes > free:
-            raise MemoryError(
-                f"{self.num_rows:,} rows of shape {self.row_shape} need {nbytes / 1e9:.2f} GB, "
-                f"but {free / 1e9:.2f} GB are free {where}; {advice}"
-            )
 
     @property
     def nbytes(self) -> int:
@@ -175,9 +199,14 @@ class ParameterTable:
         """
         if self.storage == "mmap":
             raise ValueError("a memory-mapped table cannot grow: give num_rows= or list all ids with ids=[...]")
-        self.num_rows, old = num_rows, self.values
-        self.values = self.new_buffer(fill=self.init, suffix="")
-        self.values[: len(old)] = old
+        before, self.num_rows = self.num_rows, num_rows
+        try:
+            grown = self.new_buffer(fill=self.init, suffix="")
+        except MemoryError:
+            self.num_rows = before
+            raise
+        grown[:before] = self.values
+        self.values = grown
         return self
 
     # -- rows ------------------------------------------------------------------------------------------------------
@@ -196,20 +225,22 @@ class ParameterTable:
             remembered.
 
         Raises:
-            IndexError: an index out of range (checked where ``index`` is on the CPU; elsewhere it would stall the
+            TypeError: an index that holds no integers.
+            IndexError: an index out of range (checked where the table is on the CPU; elsewhere it would stall the
                 device).
         """
-        if index.device.type == "cpu" and index.numel():
-            low, high = (int(v) for v in torch.aminmax(index))
+        if index.is_floating_point() or index.dtype == torch.bool:
+            raise TypeError(f"index must hold row numbers, got a tensor of {index.dtype}")
+        here = _send(index, self.values.device)
+        if here.device.type == "cpu" and here.numel():
+            low, high = (int(v) for v in torch.aminmax(here))
             if low < 0 or high >= self.num_rows:
                 raise IndexError(
-                    f"row {low if low < 0 else high} is out of range for a table of {self.num_rows} rows (0 to "
-                    f"{self.num_rows - 1}); "
-                    "does num_rows match the data set?"
+                    f"row {low if low < 0 else high} is out of range for a table of {self.num_rows} rows "
+                    f"(0 to {self.num_rows - 1}); does num_rows match the data set?"
                 )
-        here = index.to(self.values.device, non_blocking=True)
         dtype = torch.promote_types(self.values.dtype, torch.float32)
-        leaf = self.values[here].to(device=device or index.device, dtype=dtype, non_blocking=True)
+        leaf = _send(self.values[here].to(dtype), torch.device(device or index.device))
         if torch.is_grad_enabled():
             leaf.requires_grad_()
             self.pending.append(Visit(here, leaf, valid))

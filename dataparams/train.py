@@ -87,7 +87,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     results_path = run_dir / "results.json"
     if cfg.resume and results_path.exists():
         results = json.loads(results_path.read_text())
-        if results["epochs"] >= cfg.trainer.max_epochs:
+        if results["max_epochs"] >= (cfg.trainer.max_epochs or 0):  # early stopping may have ended it before
             return results
     if not cfg.resume:
         _remove_outputs(run_dir)
@@ -109,6 +109,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         datamodule.setup("test")
         rows = rows_of_run(makers, checkpoints["best"], checkpoints["last"], datamodule)
         identity = {name: cfg[name] for name in ("experiment", "method", "seed")}
+        identity["max_epochs"] = trainer.max_epochs
         results = identity | collect_results(checkpoints, rows, module, datamodule, trainer.strategy.root_device)
         write_rows(rows, run_dir / "rows.parquet")
         _write_metrics(run_dir)

@@ -96,14 +96,15 @@ LOADERS: dict[str, dict[str, Any]] = {
 def test_index_meets_sample(name, make):
     loader = DataLoader(make(), **LOADERS[name])
     before = dict(loader.__dict__)
-    clone = indexed_loader(loader, offset=100)
+    clone = indexed_loader(loader, serial=100)
     assert len(clone) == len(loader)
     torch.manual_seed(0)
     seen: Counter[float] = Counter()
     for batch in clone:
         assert isinstance(batch, IndexedBatch)
         assert batch.index.dtype == torch.int64
-        assert torch.equal(batch.index, numbers(batch.batch).long() + 100)
+        assert torch.equal(batch.index, numbers(batch.batch).long())
+        assert batch.serial == 100
         seen.update(numbers(batch.batch).tolist())
     torch.manual_seed(0)
     expected: Counter[float] = Counter()
@@ -163,7 +164,6 @@ def test_the_data_set_passes_for_the_users_own():
     dataset = Numbers()
     wrapped = IndexedDataset(dataset)
     assert len(wrapped) == N
-    assert wrapped.offset == 0
     wrapped.epoch = 3  # worker_init_fn may write to it
     assert dataset.epoch == 3  # type: ignore[attr-defined]
     with pytest.raises(AttributeError, match="nothing"):

@@ -251,6 +251,17 @@ def test_resuming_a_finished_run_keeps_it(tmp_path):
     assert (tmp_path / "results.json").stat().st_mtime_ns == stamp
 
 
+def test_resuming_a_run_that_stopped_early_keeps_it(tmp_path):
+    stopping = [
+        "+callbacks=early_stopping",
+        "callbacks.early_stopping.min_delta=1.0",
+        "callbacks.early_stopping.patience=1",
+    ]
+    first = short_run(tmp_path, "trainer.max_epochs=4", *stopping)
+    assert first["epochs"] == 2
+    assert short_run(tmp_path, "trainer.max_epochs=4", "resume=true", *stopping) == first
+
+
 def test_a_new_run_in_an_old_folder_does_not_mix_with_it(tmp_path):
     short_run(tmp_path, "trainer.max_epochs=3", "ema=0.9")
     (tmp_path / "notes.txt").write_text("mine")

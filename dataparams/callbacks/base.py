@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
-from dataparams.callbacks.logging import log_histogram, log_metrics
+from dataparams.callbacks.logging import log_histogram, log_metrics, mean_travel, row_statistics
 from dataparams.callbacks.session import Session
 from dataparams.distributed import VisitGather
 from dataparams.dynamics import BYTES_PER_ROW, DynamicsTable
@@ -43,7 +44,8 @@ class MethodCallback(L.Callback):
         ids: all training ids in row order, where they are strings or not row numbers.
         num_rows: number of samples, where the data set cannot tell.
         storage: where tables live: ``"device"``, ``"pinned"`` host memory or ``"mmap"`` files in ``storage_dir``.
-        storage_dir: folder of memory-mapped tables.
+        storage_dir: folder on a large disk for memory-mapped tables. Its files are scratch, the state is in
+            checkpoints.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class MethodCallback(L.Callback):
         self.num_rows_built: int | None = None
         self._session: Session | None = None
         self._last_logged = -1
-        self._warned_inert = False
+        self._warned: set[str] = set()
 
     # -- what a method defines -------------------------------------------------------------------------------------
 
@@ -163,8 +165,11 @@ class MethodCallback(L.Callback):
 
     def table_storage(self, name: str, device: torch.device) -> dict[str, Any]:
         """Storage options of a table with a row a sample, for :class:`ParameterTable`."""
-        path = None if self.storage_dir is None else self.storage_dir / f"{type(self).__name__}.{name}.bin"
-        return {"storage": self.storage, "path": path, "device": device}
+        if self.storage_dir is None:
+            return {"storage": self.storage, "device": device}
+        # a name of its own: processes and runs that share the folder must not share the rows
+        path = self.storage_dir / f"{type(self).__name__}.{name}.{uuid.uuid4().hex}.bin"
+        return {"storage": self.storage, "path": path, "scratch": True, "device": device}
 
     def resize(self, num_rows: int) -> None:
         """Grow the tables with a row a sample, for ids that are numbered as they come."""
@@ -215,7 +220,7 @@ class MethodCallback(L.Callback):
         log_metrics(trainer, {f"{self.log_name}/{k}": v for k, v in self._statistics(None).items()})
         for name, table in self.tables.items():
             log_histogram(trainer, f"{self.log_name}/{name}", table.values)
-        self._warn_if_inert()
+        self._look_after_rows()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give module, loader and trainer back as they were."""
@@ -244,7 +249,7 @@ class MethodCallback(L.Callback):
         )
 
     def _statistics(self, batches: list[Tensor] | None) -> dict[str, Tensor]:
-        """Mean, spread, extremes and travel of the rows: of the current batch (O(batch)), or of the whole tables."""
+        """Statistics of the rows: of the current batch (O(batch)), or of the whole tables."""
         statistics = {}
         for name, table in self.tables.items():
             values = table.values
@@ -252,35 +257,32 @@ class MethodCallback(L.Callback):
                 if not batches:
                     continue
                 values = values[torch.cat(batches).to(values.device)]
-            values = values.float()
-            low, high = torch.aminmax(values)
-            spread = values.std(correction=0)
-            travel = (values - table.init).abs().mean()
-            statistics |= {
-                f"{name}_mean": values.mean(),
-                f"{name}_std": spread,
-                f"{name}_min": low,
-                f"{name}_max": high,
-                f"{name}_travel": travel,
-            }
+            statistics |= {f"{name}_{key}": value for key, value in row_statistics(values, table.init).items()}
         return statistics
 
-    def _warn_if_inert(self) -> None:
-        if self._warned_inert or self.dynamics is None:
-            return
+    def _warn_once(self, name: str, message: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(f"{type(self).__name__}: {message}", stacklevel=3)
+
+    def _look_after_rows(self) -> None:
+        """Once an epoch: rows that hardly move and steps that were not taken are bugs that look like success."""
+        assert self.dynamics is not None
         for name, table in self.tables.items():
-            values = table.values
-            if table.num_rows == self.num_rows_built:
-                values = values[(self.dynamics.counts[:, 0] > 0).to(values.device)]
-            if values.numel() and (travel := (values.float() - table.init).abs().mean().item()) < MIN_TRAVEL:
-                self._warned_inert = True
-                warnings.warn(
-                    f"{type(self).__name__}: {name} has moved by {travel:.1g} on average after an epoch, which is "
-                    "next to nothing. "
-                    "Raise lr (with grad_scale='mean' the step per visit is lr / batch size), or train longer.",
-                    stacklevel=2,
+            visited = self.dynamics.counts[:, 0] > 0 if table.num_rows == self.num_rows_built else None
+            travel = float(mean_travel(table.values, table.init, visited))
+            if travel < MIN_TRAVEL:
+                self._warn_once(
+                    "inert",
+                    f"{name} has moved by {travel:.1g} on average after an epoch, which is next to nothing. Raise lr "
+                    "(with grad_scale='mean' the step per visit is lr / batch size), or train longer.",
                 )
-                return
+        if skipped := sum(int(rows.skipped_steps) for rows in self.optimizers):
+            self._warn_once(
+                "skipped",
+                f"{skipped} row steps so far had a gradient that was not finite and changed nothing. Lower the model's "
+                "learning rate, or look for NaN in the data.",
+            )
 
     @property
     def names(self) -> list[Any] | None:

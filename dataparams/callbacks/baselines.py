@@ -112,7 +112,7 @@ class GCE(_LossBaseline):
 
 
 class LabelSmoothing(_LossBaseline):
-    """Label smoothing (Szegedy et al., CVPR 2016), for a criterion that has none.
+    """Label smoothing (Szegedy et al., CVPR 2016); it takes the place of the criterion's own.
 
     Args:
         smoothing: in [0, 1); default 0.1.
@@ -127,8 +127,9 @@ class LabelSmoothing(_LossBaseline):
 
     def after(self, call: LossCall) -> None:
         """Cross-entropy against the smoothed label."""
-        target, weight = self._class_targets(call)
-        call.losses = smoothed_cross_entropy(call.input, target, self.smoothing) * weight
+        self._class_targets(call)  # checks the criterion
+        options = call.criterion.weight, call.criterion.ignore_index
+        call.losses = smoothed_cross_entropy(call.input, call.target, self.smoothing, *options)
 
 
 class ELR(_LossBaseline):

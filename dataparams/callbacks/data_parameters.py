@@ -251,10 +251,8 @@ class _Temperature:
             sigma = sigma.unsqueeze(1)  # (B, d1, ...) -> (B, 1, d1, ...), beside the class dimension
         if kind in REGRESSION_LOG_COEFFICIENT:
             scale = broadcast_rows(sigma, call.input)
-            call.input, call.target = (
-                (call.input / scale).to(call.input.dtype),
-                (call.target / scale).to(call.target.dtype),
-            )
+            dtype = call.target.dtype if call.target.is_floating_point() else call.input.dtype
+            call.input, call.target = (call.input / scale).to(call.input.dtype), (call.target / scale).to(dtype)
             call.log_terms.append(REGRESSION_LOG_COEFFICIENT[kind] * sigma.log())
         elif kind == "nll":
             call.input = scale_log_probs(call.input, sigma)
@@ -276,12 +274,10 @@ class _Temperature:
                 )
             return None
         if kind == "bce":
-            positive = target > 0.5
-            return (
-                positive.long()
-                if target.dim() == 1
-                else torch.arange(target[0].numel(), device=target.device).expand(len(target), -1)
-            )
+            columns = math.prod(target.shape[1:])
+            if columns == 1:  # one yes-or-no question a sample: its two answers are the classes
+                return (target > 0.5).long()
+            return torch.arange(columns, device=target.device).expand(len(target), -1)  # a question a column
         labels = target.argmax(1) if target.is_floating_point() else target
         labels = torch.where(labels == call.criterion.ignore_index, torch.full_like(labels, -1), labels)
         if self.method.num_classes is not None and labels.numel():

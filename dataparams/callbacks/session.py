@@ -29,6 +29,7 @@ from dataparams.objective import (
     Criterion,
     LossCall,
     Objective,
+    samples_in,
 )
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ class Session:
                 "callbacks"
             )
         self.objective = Objective([stage for member in self.members for stage in member.stages()])
+        self.objective.inspector = self._inspect
         self.objective.observer = self._record
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
@@ -161,6 +163,8 @@ class Session:
         original = trainer.strategy.training_step
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
+            if not self._prepared:  # a trial step of a learning-rate or batch-size finder: plain training
+                return original(*args, **kwargs)
             with self._listen():
                 output = original(*args, **kwargs)
             skipped = output is None and module.automatic_optimization
@@ -173,7 +177,7 @@ class Session:
     def prepare(self, trainer: L.Trainer) -> None:
         """When the training loaders are there: size the tables, or check that a reload kept the length."""
         known = next((names for member in self.members if (names := member.names) is not None), None)
-        num_rows = self.tracker.settle(trainer.world_size, known)
+        num_rows = self.tracker.settle(trainer, known)
         if self._prepared:
             return
         self._prepared = True
@@ -263,8 +267,9 @@ class Session:
 
     def function_call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """An inline loss, through the objective."""
-        input = args[0] if args else kwargs["input"]
-        if not input.requires_grad:
+        names = iter(args)
+        input, target = (kwargs[name] if name in kwargs else next(names, None) for name in ("input", "target"))
+        if input is None or target is None or not input.requires_grad:
             return function(*args, **kwargs)
         self._used_functions.add(f"F.{function.__name__}")
         if len(self._used_functions) > 1:
@@ -273,7 +278,8 @@ class Session:
                 "for example "
                 "criterion=torch.nn.functional.cross_entropy"
             )
-        index = self.tracker.index_for(input.shape[0] if input.dim() else 1, f"F.{function.__name__}")
+        samples = samples_in(FUNCTION_KINDS[function], input, target)
+        index = self.tracker.index_for(samples, f"F.{function.__name__}")
         return self.explicit_call(function, index, *args, **kwargs)
 
     def explicit_call(self, function: Callable[..., Any], index: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -295,7 +301,7 @@ class Session:
             raise ValueError(
                 f"{criterion.name} was called with {len(values)} argument(s); a loss takes (input, target)"
             )
-        index = self.tracker.index_for(values[0].shape[0] if values[0].dim() else 1, criterion.name)
+        index = self.tracker.index_for(samples_in(criterion.kind, values[0], values[1]), criterion.name)
         self._calls += 1
         call = self.objective.begin(criterion, values[0], values[1], index)
         self._module_calls.append(call)
@@ -335,6 +341,8 @@ class Session:
 
     def _record(self, index: Tensor, seen: Observation) -> None:
         self._seen.append((index, seen))
+
+    def _inspect(self, index: Tensor, seen: Observation) -> None:
         self.guard.submit(index, ~torch.isfinite(seen.loss) & seen.valid)
 
     def flush(self, trainer: L.Trainer) -> None:

@@ -34,6 +34,11 @@ class Observation(NamedTuple):
     valid: Tensor
 
 
+def _elements(values: Tensor) -> Tensor:
+    """``(B, ...)`` to ``(B, E)``; also for an empty batch."""
+    return values[:, None] if values.dim() == 1 else values.flatten(1)
+
+
 def _mean(values: Tensor, valid: Tensor) -> Tensor:
     return (values * valid).sum(1) / valid.sum(1).clamp(min=1)
 
@@ -52,7 +57,7 @@ def classification(logits: Tensor, target: Tensor, ignore_index: int = -100) -> 
     logits = logits.detach().float()
     single = target.dim() == 1
     logits = logits.movedim(1, -1).flatten(1, -2) if not single else logits[:, None]  # (B, E, C)
-    target = target.reshape(target.shape[0], -1)
+    target = _elements(target)
     valid = target != ignore_index
     safe = target.where(valid, torch.zeros_like(target))[..., None]
     log_prob = F.log_softmax(logits, -1).gather(-1, safe).squeeze(-1)
@@ -88,9 +93,8 @@ def binary_classification(logits: Tensor, target: Tensor) -> Observation:
         logits: ``(B,)`` or ``(B, ...)``.
         target: same shape, in [0, 1]; above 0.5 is positive.
     """
-    single = logits[0].numel() == 1
-    logits = logits.detach().float().reshape(logits.shape[0], -1)
-    target = target.reshape(target.shape[0], -1).float()
+    logits, target = _elements(logits.detach().float()), _elements(target).float()
+    single = logits.shape[1] == 1
     positive = target > 0.5
     margin = torch.where(positive, logits, -logits)
     loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
@@ -101,7 +105,7 @@ def binary_classification(logits: Tensor, target: Tensor) -> Observation:
 
 def regression(losses: Tensor) -> Observation:
     """Observe regression from its element-wise losses, shape ``(B, ...)``."""
-    loss = losses.detach().float().reshape(losses.shape[0], -1).mean(1)
+    loss = _elements(losses.detach().float()).mean(1)
     nothing = torch.full_like(loss, float("nan"))
     label = torch.full_like(loss, -1, dtype=torch.int64)
     correct = torch.zeros_like(loss, dtype=torch.bool)

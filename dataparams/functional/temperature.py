@@ -42,7 +42,10 @@ def scale_logits(logits: Tensor, sigma: Tensor) -> Tensor:
         logits: ``(B, ...)``.
         sigma: ``(B,)`` or any shape that broadcasts with ``logits``; positive.
     """
-    return (logits / broadcast_rows(sigma, logits)).to(logits.dtype)
+    # A class masked with -inf would send 0 * -inf = NaN to sigma: it takes no part in the division.
+    masked = logits == float("-inf")
+    scaled = logits.masked_fill(masked, 0) / broadcast_rows(sigma, logits)
+    return scaled.masked_fill(masked, float("-inf")).to(logits.dtype)
 
 
 class _LogNormalizerShift(torch.autograd.Function):
@@ -61,7 +64,8 @@ class _LogNormalizerShift(torch.autograd.Function):
         log_probs, scaled, sigma = ctx.saved_tensors
         softmax = scaled.softmax(1)
         grad_log_probs = grad * (softmax / sigma - log_probs.softmax(1))
-        grad_sigma = grad * -(softmax * scaled).sum(1, keepdim=True) / sigma
+        weighted = softmax * scaled.masked_fill(scaled == float("-inf"), 0)
+        grad_sigma = grad * -weighted.sum(1, keepdim=True) / sigma
         return grad_log_probs, None, grad_sigma.sum_to_size(sigma.shape)
 
 
@@ -76,8 +80,11 @@ def scale_log_probs(log_probs: Tensor, sigma: Tensor) -> Tensor:
         sigma: ``(B,)`` or a shape that broadcasts with ``log_probs``; positive.
     """
     sigma = broadcast_rows(sigma, log_probs)
-    scaled = log_probs / sigma
-    shift = _LogNormalizerShift.apply(log_probs, scaled.detach(), sigma)
+    full = log_probs.to(
+        torch.promote_types(log_probs.dtype, sigma.dtype)
+    )  # else the two normalisers differ by rounding
+    scaled = scale_logits(full, sigma)
+    shift = _LogNormalizerShift.apply(full, scaled.detach(), sigma)
     return (scaled - shift).to(log_probs.dtype)
 
 

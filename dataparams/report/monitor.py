@@ -100,5 +100,6 @@ class SaveOnInterrupt(L.Callback):
         self.path = Path(path)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException):
+        # Before the first step there is nothing to save.
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.global_step > 0:
             trainer.save_checkpoint(self.path)

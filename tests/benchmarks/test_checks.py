@@ -65,8 +65,8 @@ def _permutation(n: int) -> torch.Tensor:
 def permuted(monkeypatch) -> list[str]:
     make = dataparams.index.indexed_loader
 
-    def shifted(loader, offset=0):
-        clone = make(loader, offset)
+    def shifted(loader, serial=0):
+        clone = make(loader, serial)
         collate, rows = clone.collate_fn, _permutation(len(loader.dataset))
 
         def permute(fetched):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from every_method_helpers import (
@@ -112,6 +114,37 @@ def test_large_integer_ids_are_listed():
     callback = DataParameters(lr=0.2, index_key="id", ids=numbers)
     model = fit(callback, make_loader(Mapped(numbers, Numbered()), shuffle=True), model=MappedModel())
     assert_names_meet_their_samples(callback, model, numbers)
+
+
+@pytest.mark.parametrize("listed", [np.array(NAMES), pd.Series(NAMES), tuple(NAMES)], ids=["array", "series", "tuple"])
+def test_listed_ids_may_be_any_sequence_and_the_checkpoint_stays_plain(listed: Any, tmp_path: Path):
+    callback, save = DataParameters(lr=0.2, index_key="id", ids=listed), ModelCheckpoint(tmp_path, filename="last")
+    loader = make_loader(Mapped(NAMES, Numbered()))
+    model = fit([callback, save], loader, model=MappedModel(), enable_checkpointing=True)
+    assert_names_meet_their_samples(callback, model, NAMES)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    alone = DataParameters(lr=0.2)
+    alone.load_state_dict(state)
+    assert by_name(alone) == by_name(callback)
+
+
+@pytest.mark.parametrize("listed", [np.arange(SAMPLES) + 100, torch.arange(SAMPLES) + 100], ids=["array", "tensor"])
+def test_listed_integers_may_be_any_sequence(listed: Any, tmp_path: Path):
+    callback, save = DataParameters(lr=0.2, index_key=2, ids=listed), ModelCheckpoint(tmp_path, filename="last")
+    model = fit([callback, save], make_loader(WithIds(shift=100), shuffle=True), enable_checkpointing=True)
+    assert_names_meet_their_samples(callback, model, list(range(100, 100 + SAMPLES)))
+    torch.load(tmp_path / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("kind", [np.array, list], ids=["array", "list"])
+def test_ids_that_come_as_arrays_leave_the_checkpoint_plain(kind: Any, tmp_path: Path):
+    def names(batch: Any) -> Any:
+        return kind([NAMES[i] for i in batch[0][:, -1].int().tolist()])
+
+    callback, save = DataParameters(lr=0.2, index_key=names), ModelCheckpoint(tmp_path, filename="last")
+    model = fit([callback, save], make_loader(Stream(Numbered())), enable_checkpointing=True)
+    assert_names_meet_their_samples(callback, model, NAMES)
+    torch.load(tmp_path / "last.ckpt", weights_only=True)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
