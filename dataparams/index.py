@@ -38,6 +38,14 @@ class IndexedBatch:
         """Called by the DataLoader; the index stays on the host, where it is checked."""
         return IndexedBatch(pin_memory(self.batch), self.index, self.serial)
 
+    def _refuse(self, *_: Any) -> Any:
+        raise TypeError(
+            "the training loader takes its batches apart before the trainer sees them (its own __iter__, say), so "
+            "positions cannot travel with them; have the data set return ids and name them with index_key="
+        )
+
+    __iter__ = __getitem__ = __len__ = _refuse
+
 
 class _Samples:
     """Samples on their way from the data set to the collate function, with their positions."""
@@ -124,6 +132,13 @@ def base_positions(dataset: Any) -> list[int] | None:
     return [below[i] if below else int(i) for i in dataset.indices]
 
 
+def plain_ids(ids: Any) -> list[Any]:
+    """Ids as plain strings and integers: tensors are looked up by identity, NumPy's scalars do not load as weights."""
+    ids = ids.flatten() if hasattr(ids, "flatten") else ids
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    return [i.item() if hasattr(i, "item") else i for i in ids]
+
+
 class RowIds:
     """From the user's ids to rows of the tables.
 
@@ -137,6 +152,7 @@ class RowIds:
     """
 
     def __init__(self, num_rows: int | None, ids: Sequence[Hashable] | None = None, growing: bool = False) -> None:
+        ids = None if ids is None else plain_ids(ids)
         self.num_rows = num_rows if ids is None else len(ids)
         self.rows: dict[Hashable, int] | None = None if ids is None else {name: row for row, name in enumerate(ids)}
         if self.rows is not None and ids is not None and len(self.rows) != len(ids):
@@ -168,8 +184,7 @@ class RowIds:
         """
         values = ids if isinstance(ids, Tensor) else None
         if values is None:
-            sequence = [ids] if isinstance(ids, (str, int)) else list(ids)
-            sequence = [i.item() if isinstance(i, Tensor) else i for i in sequence]  # tensors are looked up by identity
+            sequence = [ids] if isinstance(ids, (str, int)) else plain_ids(ids)
             if self.rows is None and not any(isinstance(i, str) for i in sequence):
                 values = torch.as_tensor(sequence)
         if values is not None and (values.is_floating_point() or values.dtype == torch.bool):

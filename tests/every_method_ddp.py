@@ -1,4 +1,4 @@
-"""One of two processes that train every method under DDP: ``python every_method_ddp.py FOLDER``, started by the suite."""
+"""One of two processes that train every method under DDP, as the suite starts them: ``python THIS FOLDER``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def trainer_of_two(callbacks: Any, max_epochs: int = 6, **options: Any) -> L.Tra
     return make_trainer(callbacks, max_epochs, devices=2, strategy=strategy, **options)
 
 
-def train(callback: MethodCallback, batch_size: int = 8, ckpt_path: Path | None = None, **options: Any) -> dict[str, Any]:
+def train(
+    callback: MethodCallback, batch_size: int = 8, ckpt_path: Path | None = None, **options: Any
+) -> dict[str, Any]:
     model = Model()
     trainer_of_two(callback, **options).fit(model, make_loader(Numbered(15), batch_size), ckpt_path=ckpt_path)
     return {"model": model.state_dict(), "callback": callback.state_dict()}

@@ -1,4 +1,4 @@
-"""A tiny fit whose truth is held outside of the library: what the suite of every method trains, and how states are compared."""
+"""A tiny fit whose truth is held outside of the library, and how states are compared: for the tests of callbacks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -17,6 +18,18 @@ from dataparams.callbacks import MethodCallback
 
 CLASSES = 3
 SAMPLES = 24
+# pytestmark of the files that fit
+QUIET = [
+    # tiny loaders without workers, short epochs: Lightning's advice about speed
+    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
+    # Lightning's own use of torch
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    # a resumed trainer without the ModelCheckpoint of the first
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
+    # torch.compile looks at what it was handed, after every break of the graph
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+INERT = pytest.mark.filterwarnings("ignore:.*next to nothing:UserWarning")  # rates of 0, and fits of a few steps
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ class Model(L.LightningModule):
             raise self.error
         return loss
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def remember(self, x: Tensor, losses: Tensor) -> None:
         for number, loss in zip(x[:, -1].int().tolist(), losses.tolist(), strict=True):
             self.visits[number] += 1
@@ -114,7 +127,12 @@ class StepModel(Model):
 
 def make_trainer(callbacks: Any, max_epochs: int = 2, **options: Any) -> L.Trainer:
     """A quiet trainer on the CPU."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     machine = {"accelerator": "cpu", "devices": 1, "log_every_n_steps": 1}
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     return L.Trainer(max_epochs=max_epochs, callbacks=callbacks, **{**quiet, **machine, **options})
@@ -176,4 +194,6 @@ def snapshot(state: Any) -> dict[str, Any]:
 def row_tensors(callback: MethodCallback) -> dict[str, Tensor]:
     """What a method keeps a sample or class, without the training dynamics that all keep."""
     state = snapshot(callback.state_dict())
-    return {path: value for path, value in state.items() if isinstance(value, Tensor) and not path.startswith("/dynamics")}
+    return {
+        path: value for path, value in state.items() if isinstance(value, Tensor) and not path.startswith("/dynamics")
+    }

@@ -1,39 +1,37 @@
-"""What every method must survive: one line a method in METHODS, no method exempt."""
+"""What every method must survive: one line a method in METHODS, no method exempt.
+
+The rest of the list (leaving, two methods at once, bad input) is in test_every_method_manners.py.
+"""
 
 from __future__ import annotations
 
-import itertools
 import os
-import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pandas as pd
 import pytest
 import torch
 from every_method_helpers import (
     CLASSES,
+    INERT,
+    QUIET,
     SAMPLES,
     Method,
     Model,
     Numbered,
-    WithIds,
     assert_same,
     fit,
     make_loader,
-    make_trainer,
     row_tensors,
-    snapshot,
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
-from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from dataparams import DataParameters, TrainingDynamics
 from dataparams.callbacks import ELR, GCE, LabelSmoothing, SuperLoss
@@ -44,10 +42,13 @@ METHODS: dict[str, Method] = {
     "dynamics": Method(TrainingDynamics, neutral=TrainingDynamics, learns=False),
     "instance": Method(lambda: DataParameters(lr=0.2), neutral=lambda: DataParameters(lr=0.0)),
     "class": Method(
-        lambda: DataParameters(CLASSES, "class", class_lr=0.2), neutral=lambda: DataParameters(CLASSES, "class", class_lr=0.0)
+        lambda: DataParameters(CLASSES, "class", class_lr=0.2),
+        neutral=lambda: DataParameters(CLASSES, "class", class_lr=0.0),
     ),
     "joint": Method(lambda: DataParameters(CLASSES, "joint", lr=0.2, class_lr=0.2, bounds=WIDE)),
-    "paper": Method(lambda: DataParameters(preset="paper", lr=2.0), neutral=lambda: DataParameters(preset="paper", lr=0.0)),
+    "paper": Method(
+        lambda: DataParameters(preset="paper", lr=2.0), neutral=lambda: DataParameters(preset="paper", lr=0.0)
+    ),
     "paper_joint": Method(lambda: DataParameters(CLASSES, "joint", preset="paper", lr=20.0, class_lr=2.0, init=1.0)),
     "superloss": Method(SuperLoss),
     "elr": Method(ELR),
@@ -55,29 +56,12 @@ METHODS: dict[str, Method] = {
     "label_smoothing": Method(LabelSmoothing),
 }
 NEUTRAL = {name: method for name, method in METHODS.items() if method.neutral}
-# Two callbacks with one state key (two DataParameters of one level) cannot share a trainer: Lightning says so.
-PAIRS = [
-    (left, right)
-    for left, right in itertools.combinations(METHODS, 2)
-    if METHODS[left].make().state_key != METHODS[right].make().state_key
-]
 
-pytestmark = [
-    # tiny loaders without workers, short epochs: Lightning's advice about speed
-    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
-    # Lightning's own use of torch
-    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
-    # a resumed trainer without the ModelCheckpoint of the first
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
-    # torch.compile looks at what it was handed, after every break of the graph
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    # rates of 0, and fits of a few steps
-    pytest.mark.filterwarnings("ignore:.*next to nothing:UserWarning"),
-]
+pytestmark = [*QUIET, INERT]
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 
 
-# -- training ------------------------------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", NEUTRAL.values(), ids=list(NEUTRAL))
@@ -202,7 +186,7 @@ def test_compiled_module_equals_the_eager_one(method: Method):
     assert compiled.to_frame()["visits"].eq(2).all()
 
 
-# -- every index meets its sample ----------------------------------------------------------------------------------------
+# -- every index meets its sample ------------------------------------------------------------------------------------
 
 
 def assert_every_index_met_its_sample(callback: MethodCallback, model: Model, data: Numbered) -> None:
@@ -234,7 +218,7 @@ def test_every_index_meets_its_sample(method: Method, options: dict[str, Any]):
     assert_every_index_met_its_sample(callback, model, data)
 
 
-# -- processes -----------------------------------------------------------------------------------------------------------
+# -- processes -------------------------------------------------------------------------------------------------------
 
 
 def train_in_two_processes(folder: Path) -> list[dict[str, Any]]:
@@ -309,7 +293,7 @@ def rows_and_dynamics(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name not in ("ids", "base_positions")}
 
 
-# -- checkpoints ---------------------------------------------------------------------------------------------------------
+# -- checkpoints -----------------------------------------------------------------------------------------------------
 
 WITHOUT_LIBRARY = """
 import sys, torch
@@ -346,187 +330,3 @@ def test_checkpoint_of_the_model_loads_without_this_library(tmp_path: Path):
     command = [sys.executable, "-c", WITHOUT_LIBRARY, str(tmp_path / "last.ckpt")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.startswith("loaded"), done.stderr
-
-
-# -- leaving -------------------------------------------------------------------------------------------------------------
-
-
-def hooks(module: nn.Module) -> int:
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
-    kinds += ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
-    return sum(len(getattr(child, kind)) for child in module.modules() for kind in kinds)
-
-
-@every_method
-@pytest.mark.parametrize("ending", [None, RuntimeError("mid-epoch"), KeyboardInterrupt()], ids=["done", "exception", "ctrl-c"])
-def test_leaves_module_loader_and_trainer_as_they_were(method: Method, ending: BaseException | None):
-    callback, model, loader = method.make(), Model(), make_loader(shuffle=True)
-    if ending is not None:
-        model.stop_at, model.error = 4, ending  # 3 steps an epoch
-    trainer = make_trainer(callback)
-    before = dict(vars(loader))
-    criterion = dict(vars(model.criterion))
-    patched = set(vars(trainer.strategy)), set(vars(trainer.precision_plugin))
-    if ending is None:
-        trainer.fit(model, loader)
-    else:
-        with pytest.raises(SystemExit if isinstance(ending, KeyboardInterrupt) else type(ending)):
-            trainer.fit(model, loader)
-
-    assert hooks(model) == 0
-    assert vars(model.criterion).keys() == criterion.keys()
-    after = vars(loader)
-    assert after.keys() == before.keys()
-    assert all(after[name] is value for name, value in before.items())
-    assert not any(callable(v) and k in dir(type(trainer.strategy)) for k, v in vars(trainer.strategy).items())
-    assert set(vars(trainer.precision_plugin)) == patched[1]
-    assert trainer.train_dataloader is loader
-
-    # what was learned stays, and the trainer works: it goes on where it stopped
-    assert callback.to_frame()["visits"].sum() > 0
-    kept = method.make()
-    kept.load_state_dict(snapshot_state(callback))
-    model.stop_at = None
-    other = make_trainer(kept, max_epochs=1)
-    twin = Model()
-    twin.load_state_dict(model.state_dict())
-    loader = make_loader()
-    other.fit(twin, loader)
-    fit(callback, loader, model=model, max_epochs=1)
-    assert_same(model.state_dict(), twin.state_dict())
-    assert_same(callback.state_dict(), kept.state_dict())
-
-
-def snapshot_state(callback: MethodCallback) -> dict[str, Any]:
-    """A state dictionary that does not follow the callback: what a checkpoint on disk is."""
-    import io
-
-    file = io.BytesIO()
-    torch.save(callback.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-@every_method
-def test_trainer_is_usable_after_an_exception(method: Method):
-    callback, model = method.make(), Model(stop_at=4)
-    trainer, loader = make_trainer(callback, max_epochs=3), make_loader()
-    with pytest.raises(RuntimeError, match="stopped by the test"):
-        trainer.fit(model, loader)
-    model.stop_at = None
-    model.visits.clear()
-    before = callback.to_frame()["visits"]
-    trainer.fit(model, loader)
-    gained = callback.to_frame()["visits"] - before
-    assert gained.tolist() == [model.visits[i] for i in range(SAMPLES)]
-    assert gained.sum() > 0
-
-
-# -- together ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-def test_two_methods_in_either_order_give_the_same_result(pair: tuple[str, str]):
-    results = []
-    for names in (pair, pair[::-1]):
-        callbacks = {name: METHODS[name].make() for name in names}
-        model = fit(list(callbacks.values()))
-        results.append((model.state_dict(), {name: callbacks[name].state_dict() for name in sorted(names)}))
-        frames = [callback.to_frame() for callback in callbacks.values()]
-        assert frames[0]["visits"].equals(frames[1]["visits"])
-    assert_same(*results)
-    alone = [row_tensors(METHODS[name].make()) for name in pair]
-    assert all(not state for state in alone)  # nothing leaked from one callback to the next
-
-
-# -- bad input -----------------------------------------------------------------------------------------------------------
-
-
-def assert_refused(callback: MethodCallback, kind: Any, match: str, loader: Any, model: Model | None = None, **options: Any) -> None:
-    """A clear error, before the model or a row has moved."""
-    model = Model() if model is None else model
-    before, rows = snapshot(model.state_dict()), row_tensors(callback)
-    trainer = make_trainer(callback, max_epochs=2)
-    with pytest.raises(kind, match=match):
-        trainer.fit(model, loader, **options)
-    assert_same(snapshot(model.state_dict()), before)
-    assert trainer.global_step == 0
-    assert not rows or rows.keys() == row_tensors(callback).keys()
-    assert hooks(model) == 0
-
-
-def given(method: Method, **options: Any) -> MethodCallback:
-    """The method with options that all methods share."""
-    callback = method.make()
-    for name, value in options.items():
-        assert hasattr(callback, name)
-        setattr(callback, name, value)
-    return callback
-
-
-@every_method
-def test_id_out_of_range_is_refused(method: Method):
-    loader = make_loader(WithIds(shift=SAMPLES - 3))
-    assert_refused(given(method, index_key=2), IndexError, rf"id {SAMPLES} is not a row number in \[0, {SAMPLES}\)", loader)
-
-
-@every_method
-def test_num_rows_smaller_than_the_data_set_is_refused(method: Method):
-    assert_refused(given(method, num_rows=5), (IndexError, ValueError), "num_rows", make_loader(shuffle=False))
-
-
-@every_method
-def test_data_set_that_changed_length_since_the_checkpoint_is_refused(method: Method, tmp_path: Path):
-    save = ModelCheckpoint(tmp_path, filename="last")
-    fit([method.make(), save], max_epochs=1, enable_checkpointing=True)
-    model, callback = Model(), method.make()
-    trainer = make_trainer(callback)
-    with pytest.raises(ValueError, match=rf"rows for {SAMPLES} samples.*has {SAMPLES - 1}"):
-        trainer.fit(model, make_loader(Numbered(SAMPLES - 1)), ckpt_path=tmp_path / "last.ckpt")
-    assert_same(model.state_dict(), torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"])
-
-
-class Reloading(L.LightningDataModule):
-    """Train loaders of a new length from the second epoch on."""
-
-    epoch = 0
-
-    def train_dataloader(self) -> DataLoader:
-        self.epoch += 1
-        return make_loader(Numbered(SAMPLES if self.epoch == 1 else SAMPLES - 8))
-
-
-@every_method
-def test_data_set_that_changes_length_within_a_fit_is_refused(method: Method):
-    callback, model = method.make(), Model()
-    trainer = make_trainer(callback, reload_dataloaders_every_n_epochs=1)
-    with pytest.raises(ValueError, match=rf"had \[?{SAMPLES}\]? samples and has \[?{SAMPLES - 8}\]? after reloading"):
-        trainer.fit(model, datamodule=Reloading())
-    assert trainer.global_step == 3  # the first epoch
-    assert callback.to_frame()["visits"].eq(1).all()
-
-
-class Unreduced(nn.Module):
-    """A loss of the user's that does not say how it reduces."""
-
-    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(logits, target).square()
-
-
-@every_method
-def test_criterion_with_an_unknown_reduction_is_refused(method: Method):
-    own = given(method, criterion="criterion")
-    assert_refused(own, ValueError, r"self\.criterion \(Unreduced\) has reduction=None", make_loader(), Model(Unreduced()))
-    strange = nn.CrossEntropyLoss()
-    strange.reduction = "batchmean"
-    assert_refused(method.make(), ValueError, "reduction='batchmean'", make_loader(), Model(strange))
-
-
-class Stream(IterableDataset):
-    def __iter__(self) -> Any:
-        return iter(Numbered())
-
-
-@every_method
-def test_iterable_data_set_without_a_key_is_refused(method: Method):
-    assert_refused(method.make(), ValueError, re.escape("index_key="), DataLoader(Stream(), batch_size=8))

@@ -282,7 +282,7 @@ def test_a_run_that_fails_leaves_no_results(tmp_path):
 def test_a_checkpoint_that_cannot_be_finished_leaves_the_last_one(tmp_path):
     plugin = AtomicCheckpointIO()
     plugin.save_checkpoint({"epoch": 1}, tmp_path / "last.ckpt")
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match=r"pickle|local object"):  # the wording depends on Python
         plugin.save_checkpoint({"epoch": 2, "bad": lambda: None}, tmp_path / "last.ckpt")
     assert torch.load(tmp_path / "last.ckpt", weights_only=True) == {"epoch": 1}
     assert files_in(tmp_path) == {"last.ckpt"}

@@ -21,7 +21,7 @@ from dataparams.callbacks.logging import log_histogram, log_metrics, mean_travel
 from dataparams.callbacks.session import Session
 from dataparams.distributed import VisitGather
 from dataparams.dynamics import BYTES_PER_ROW, DynamicsTable
-from dataparams.index import IndexKey, RowIds, rows_of
+from dataparams.index import IndexKey, RowIds, plain_ids, rows_of
 from dataparams.objective import Stage
 from dataparams.optim import RowOptimizer
 from dataparams.tables import ParameterTable, Storage
@@ -66,7 +66,7 @@ class MethodCallback(L.Callback):
             raise ValueError(f"num_rows must be at least 1, got {num_rows}")
         self.criterion = criterion
         self.index_key = index_key
-        self.ids = ids
+        self.ids = None if ids is None else plain_ids(ids)
         self.num_rows = num_rows
         self.storage: Storage = storage
         self.storage_dir = None if storage_dir is None else Path(storage_dir)

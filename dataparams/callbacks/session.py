@@ -79,6 +79,16 @@ def _make_hooks(session: Session, criterion: Criterion) -> tuple[Callable[..., A
     return before, after
 
 
+@torch.compiler.disable
+def _eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)  # dynamo has no business in the objective
+
+
+def _is_compiled(module: L.LightningModule) -> bool:
+    children = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in module.modules())
+    return children or getattr(module, "_compiler_ctx", None) is not None
+
+
 class Session:
     """One fit of one trainer. Made by :meth:`join`; callbacks talk to it, users do not."""
 
@@ -159,6 +169,9 @@ class Session:
         if scaler is not None:
             self.objective.loss_scale = lambda: scaler.scale(torch.ones((), device=trainer.strategy.root_device))
         self._find_criterion(module)
+
+        if _is_compiled(module):
+            torch.compiler.reset()  # graphs compiled before the hooks came would go on without them
 
         original = trainer.strategy.training_step
 
@@ -287,7 +300,7 @@ class Session:
         self._calls += 1
         was_active, self.active = self.active, False
         try:
-            return self.objective(function, index, *args, **kwargs)
+            return _eagerly(self.objective, function, index, *args, **kwargs)
         finally:
             self.active = was_active
 

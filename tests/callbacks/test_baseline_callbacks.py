@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from every_method_helpers import CLASSES, SAMPLES, Model, Numbered, StepModel, assert_same, fit, make_loader
+from every_method_helpers import (
+    CLASSES,
+    INERT,
+    QUIET,
+    SAMPLES,
+    Model,
+    Numbered,
+    StepModel,
+    assert_same,
+    fit,
+    make_loader,
+)
 from scipy.special import lambertw
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,11 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dataparams import DataParameters
 from dataparams.callbacks import ELR, GCE, LabelSmoothing, SuperLoss
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*next to nothing:UserWarning"),
-]
+pytestmark = [*QUIET, INERT]
 
 
 # exactly at the branch point scipy returns NaN

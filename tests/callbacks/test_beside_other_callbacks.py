@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from every_method_helpers import SAMPLES, Model, Numbered, assert_same, fit, make_loader, row_tensors
+from every_method_helpers import INERT, QUIET, SAMPLES, Model, Numbered, assert_same, fit, make_loader, row_tensors
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
@@ -24,12 +24,7 @@ from torch import nn
 
 from dataparams import DataParameters
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*next to nothing:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
-]
+pytestmark = [*QUIET, INERT]
 
 
 def hooks(module: nn.Module) -> int:

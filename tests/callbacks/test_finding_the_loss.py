@@ -8,16 +8,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from every_method_helpers import CLASSES, SAMPLES, Model, Numbered, StepModel, WithIds, assert_same, fit, make_loader, snapshot
+from every_method_helpers import (
+    CLASSES,
+    INERT,
+    QUIET,
+    SAMPLES,
+    Model,
+    Numbered,
+    StepModel,
+    WithIds,
+    assert_same,
+    fit,
+    make_loader,
+    snapshot,
+)
 from torch import Tensor, nn
 
 from dataparams import DataParameters, TrainingDynamics
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*next to nothing:UserWarning"),
-]
+pytestmark = [*QUIET, INERT]
 Step = Callable[[Any, Any], Any]
 
 
@@ -85,7 +94,9 @@ def test_nested_module_is_found_and_several_can_be_told_apart():
     head.loss = nn.CrossEntropyLoss()
     reference = run(inline)[:2]
     assert_same(run(nested, head=head)[:2], reference)
-    assert_same(run(nested, DataParameters(lr=0.2, criterion="head.loss"), head=head, other=nn.NLLLoss())[:2], reference)
+    assert_same(
+        run(nested, DataParameters(lr=0.2, criterion="head.loss"), head=head, other=nn.NLLLoss())[:2], reference
+    )
     assert_same(run(nested, DataParameters(lr=0.2, criterion=head.loss), head=head, other=nn.NLLLoss())[:2], reference)
 
 
@@ -109,7 +120,10 @@ def test_a_loss_module_that_is_not_called_is_an_error_before_the_first_step():
     with pytest.raises(RuntimeError, match=r"self\.unused was found but training_step did not call it"):
         fit(DataParameters(), model=model)
     assert_same(snapshot(model.state_dict()), before)
-    assert_same(run(inline, DataParameters(lr=0.2, criterion=F.cross_entropy), unused=nn.CrossEntropyLoss())[:2], run(inline)[:2])
+    assert_same(
+        run(inline, DataParameters(lr=0.2, criterion=F.cross_entropy), unused=nn.CrossEntropyLoss())[:2],
+        run(inline)[:2],
+    )
 
 
 def test_no_loss_at_all_names_the_ways_in():
@@ -151,7 +165,7 @@ def test_two_inline_losses_must_be_told_apart():
 
 @pytest.mark.parametrize("wanted", ["no_such_attribute", "net", print])
 def test_a_criterion_that_is_none_is_refused(wanted: Any):
-    with pytest.raises(ValueError, match="criterion|reduction"):
+    with pytest.raises(ValueError, match=r"criterion|reduction"):
         run(inline, DataParameters(criterion=wanted))
 
 
@@ -164,7 +178,7 @@ def test_a_step_that_takes_the_iterator_is_refused():
         fit(DataParameters(), model=Iterating())
 
 
-# -- what the criterion may be -------------------------------------------------------------------------------------------
+# -- what the criterion may be ---------------------------------------------------------------------------------------
 
 WEIGHT = torch.tensor([0.2, 1.0, 3.0])
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -268,13 +282,12 @@ class Focal(nn.Module):
 
 
 def test_own_loss_module_works_when_it_is_named():
-    model, state, callback = run(found, DataParameters(lr=0.2, criterion="any_name"), any_name=Focal())
+    callback = run(found, DataParameters(lr=0.2, criterion="any_name"), any_name=Focal())[2]
     assert (callback.tables["log_temperature"].values.abs() > 0).all()
     neutral = run(found, DataParameters(lr=0.0, criterion="any_name"), any_name=Focal())
     assert_same(neutral[0], plain(found, any_name=Focal()))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_loss_module_is_found():
     torch._dynamo.reset()
     compiled = torch.compile(nn.CrossEntropyLoss(), backend="aot_eager")
@@ -282,7 +295,7 @@ def test_compiled_loss_module_is_found():
     assert_same(ours[:2], theirs[:2], rtol=1e-4, atol=1e-6)
 
 
-# -- calls that are not the training loss --------------------------------------------------------------------------------
+# -- calls that are not the training loss ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", ["module", "inline"])

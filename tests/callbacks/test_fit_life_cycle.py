@@ -1,4 +1,4 @@
-"""The callback through whatever a fit may be: manual steps, clipping, several loaders, short runs, validation, second fits."""
+"""The callback through whatever a fit may be: manual steps, clipping, skipped batches, validation, second fits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from every_method_helpers import (
+    INERT,
+    QUIET,
     SAMPLES,
     Model,
     Numbered,
@@ -23,18 +25,14 @@ from torch import nn
 
 from dataparams import DataParameters, TrainingDynamics
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*next to nothing:UserWarning"),
-]
+pytestmark = [*QUIET, INERT]
 
 
 def visits(callback: Any) -> list[int]:
     return callback.to_frame()["visits"].tolist()
 
 
-# -- optimization ----------------------------------------------------------------------------------------------------------
+# -- optimization ----------------------------------------------------------------------------------------------------
 
 
 class Manual(Model):
@@ -141,7 +139,7 @@ def test_scheduler_that_asks_for_the_number_of_steps():
     assert visits(callback) == SAMPLES * [3]
 
 
-# -- evaluation ------------------------------------------------------------------------------------------------------------
+# -- evaluation ------------------------------------------------------------------------------------------------------
 
 
 class Validating(Model):
@@ -184,7 +182,7 @@ def test_test_and_validate_work_before_and_after():
     assert max(map(abs, model.validation)) < 1e-6
 
 
-# -- again, and copies -----------------------------------------------------------------------------------------------------
+# -- again, and copies -----------------------------------------------------------------------------------------------
 
 
 def test_two_fits_with_one_callback_go_on():

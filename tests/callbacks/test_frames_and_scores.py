@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from every_method_helpers import CLASSES, SAMPLES, Model, Numbered, fit, make_loader
+from every_method_helpers import CLASSES, INERT, QUIET, SAMPLES, Model, Numbered, fit, make_loader
 from sklearn.metrics import roc_auc_score
 
 from dataparams import DataParameters, TrainingDynamics
 from dataparams.callbacks import ELR
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*next to nothing:UserWarning"),
+pytestmark = [*QUIET, INERT]
+SHARED = [
+    "index",
+    "id",
+    "given_label",
+    "visits",
+    "mean_loss",
+    "mean_margin",
+    "forgetting_events",
+    "confidence",
+    "variability",
 ]
-SHARED = ["index", "id", "given_label", "visits", "mean_loss", "mean_margin", "forgetting_events", "confidence", "variability"]
 
 
 class Recording(Model):
@@ -46,7 +53,7 @@ def brute_force(history: list[np.ndarray], label: int) -> dict[str, float]:
         "visits": len(history),
         "mean_loss": float(np.mean(-np.log(p))),
         "mean_margin": float(np.mean(margins)),
-        "forgetting_events": sum(before and not now for before, now in zip(correct, correct[1:], strict=False)),
+        "forgetting_events": sum(before and not now for before, now in itertools.pairwise(correct)),
         "confidence": float(p.mean()),
         "variability": float(p.std()),
     }
@@ -61,7 +68,9 @@ def test_shared_columns_equal_brute_force():
     truth = pd.DataFrame([brute_force(model.history[i], int(data.y[i])) for i in range(SAMPLES)])
     assert truth["forgetting_events"].sum() > 3
     for name in truth:
-        np.testing.assert_allclose(frame[name].to_numpy(dtype=float), truth[name], rtol=2e-4, atol=2e-4, err_msg=str(name))
+        np.testing.assert_allclose(
+            frame[name].to_numpy(dtype=float), truth[name], rtol=2e-4, atol=2e-4, err_msg=str(name)
+        )
 
 
 def test_methods_of_one_trainer_share_columns_and_have_their_own():
@@ -69,7 +78,7 @@ def test_methods_of_one_trainer_share_columns_and_have_their_own():
     fit([elr, by_class, instance])
     frames = [callback.to_frame() for callback in (instance, by_class, elr)]
     for frame in frames[1:]:
-        pd.testing.assert_frame_equal(frame[SHARED], frames[0][SHARED])
+        assert frame[SHARED].equals(frames[0][SHARED])
     assert frames[0].columns.tolist() == [*SHARED, "log_temperature"]
     assert frames[0]["log_temperature"].tolist() == instance.tables["log_temperature"].values.tolist()
     classes = by_class.tables["class_log_temperature"].values
@@ -120,7 +129,11 @@ def test_suspects_and_auroc_find_the_wrong_labels():
     scores = callback.auroc(data.corrupt)
     assert scores.keys() == {"log_temperature", "mean_loss", "margin"}
     frame = callback.to_frame()
-    signed = {"log_temperature": frame["log_temperature"], "mean_loss": frame["mean_loss"], "margin": -frame["mean_margin"]}
+    signed = {
+        "log_temperature": frame["log_temperature"],
+        "mean_loss": frame["mean_loss"],
+        "margin": -frame["mean_margin"],
+    }
     for name, column in signed.items():
         assert scores[name] == pytest.approx(roc_auc_score(data.corrupt.numpy(), column), abs=1e-6)
         assert scores[name] > 0.95

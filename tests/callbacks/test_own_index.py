@@ -1,4 +1,4 @@
-"""Indices of the user's own: integer and string ids, keys of every kind, streams, ids that are numbered as they come."""
+"""Indices of the user's own: integer and string ids, keys of every kind, streams, ids numbered as they come."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from every_method_helpers import (
+    INERT,
+    QUIET,
     SAMPLES,
     Model,
     Numbered,
@@ -27,12 +29,7 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, I
 
 from dataparams import DataParameters, TrainingDynamics
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*next to nothing:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
-]
+pytestmark = [*QUIET, INERT]
 NAMES = [f"img_{i:04d}" for i in range(SAMPLES)]
 
 
@@ -77,7 +74,9 @@ def truth(model: Model, data: Numbered, names: list[Any]) -> dict[Any, tuple[Any
     return {name: (int(data.y[i]), model.visits[i], model.losses[i] / model.visits[i]) for i, name in enumerate(names)}
 
 
-def assert_names_meet_their_samples(callback: Any, model: Model, names: list[Any], data: Numbered | None = None) -> None:
+def assert_names_meet_their_samples(
+    callback: Any, model: Model, names: list[Any], data: Numbered | None = None
+) -> None:
     ours, theirs = by_name(callback), truth(model, Numbered() if data is None else data, names)
     assert ours.keys() == theirs.keys()
     for name, (label, visits, loss) in theirs.items():
@@ -85,7 +84,9 @@ def assert_names_meet_their_samples(callback: Any, model: Model, names: list[Any
         assert ours[name][2] == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("key", [2, lambda batch: batch[2], lambda batch: batch[2].numpy(), lambda batch: batch[2].tolist()])
+@pytest.mark.parametrize(
+    "key", [2, lambda batch: batch[2], lambda batch: batch[2].numpy(), lambda batch: batch[2].tolist()]
+)
 def test_integer_ids_give_the_numbers_of_positions(key: Any):
     own, followed = DataParameters(lr=0.2, index_key=key), DataParameters(lr=0.2)
     model = fit(own, make_loader(WithIds()))
@@ -102,7 +103,10 @@ def test_dictionary_key_and_shuffled_strings():
 
 def test_listed_ids_may_have_any_order():
     listed = NAMES[::-1]
-    callback, straight = DataParameters(lr=0.2, index_key="id", ids=listed), DataParameters(lr=0.2, index_key="id", ids=NAMES)
+    callback, straight = (
+        DataParameters(lr=0.2, index_key="id", ids=listed),
+        DataParameters(lr=0.2, index_key="id", ids=NAMES),
+    )
     for each in (callback, straight):
         fit(each, make_loader(Mapped(NAMES, Numbered())), model=MappedModel())
     assert callback.to_frame()["id"].tolist() == listed
@@ -161,7 +165,9 @@ def test_iterable_data_set_with_strings_that_are_numbered_as_they_come():
     assert callback.to_frame()["id"].tolist() == NAMES
 
 
-@pytest.mark.parametrize("names", [[f"s{i}" for i in range(2500)], [3 * i + 5 for i in range(2500)]], ids=["strings", "integers"])
+@pytest.mark.parametrize(
+    "names", [[f"s{i}" for i in range(2500)], [3 * i + 5 for i in range(2500)]], ids=["strings", "integers"]
+)
 def test_growing_ids_give_the_numbers_of_listed_ids(names: list[Any]):
     data = Mapped(names, Numbered(2500))
     growing, listed = DataParameters(lr=0.2, index_key="id"), DataParameters(lr=0.2, index_key="id", ids=names)
@@ -179,7 +185,13 @@ def test_growing_ids_resume(tmp_path: Path):
     # the second half of the names comes after the stop
     first = make_loader(Stream(Mapped(NAMES, Numbered())))
     save = ModelCheckpoint(tmp_path, filename="half")
-    fit([DataParameters(lr=0.2, index_key="id"), save], first, model=MappedModel(), max_epochs=2, enable_checkpointing=True)
+    fit(
+        [DataParameters(lr=0.2, index_key="id"), save],
+        first,
+        model=MappedModel(),
+        max_epochs=2,
+        enable_checkpointing=True,
+    )
     resumed = DataParameters(lr=0.2, index_key="id")
     again = fit(resumed, loader, model=MappedModel(), max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
     assert_same(again.state_dict(), model.state_dict())
@@ -198,7 +210,7 @@ def test_growing_ids_meet_new_samples_in_a_second_fit():
     assert after["late_2"][1] == 1
 
 
-# -- ids and checkpoints -------------------------------------------------------------------------------------------------
+# -- ids and checkpoints ---------------------------------------------------------------------------------------------
 
 
 def trained_with_names(tmp_path: Path) -> Any:
@@ -220,16 +232,18 @@ def test_resuming_with_ids_in_another_order_follows_the_samples(tmp_path: Path):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("listed", [NAMES[:-2], [*NAMES, "new"], [*NAMES[:-1], "other"]], ids=["fewer", "more", "others"])
+@pytest.mark.parametrize(
+    "listed", [NAMES[:-2], [*NAMES, "new"], [*NAMES[:-1], "other"]], ids=["fewer", "more", "others"]
+)
 def test_resuming_with_other_ids_is_refused(listed: list[str], tmp_path: Path):
     trained_with_names(tmp_path)
     data = Mapped(listed, Numbered(len(listed)))
     callback = DataParameters(lr=0.2, index_key="id", ids=listed)
-    with pytest.raises(ValueError, match="ids|samples"):
+    with pytest.raises(ValueError, match=r"ids|samples"):
         fit(callback, make_loader(data), model=MappedModel(), max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
 
 
-# -- bad input -----------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------------------------
 
 
 def assert_refused(kind: Any, match: str, loader: DataLoader, model: Model | None = None, **options: Any) -> None:
@@ -270,7 +284,7 @@ def test_callbacks_that_disagree_are_refused_and_leave_no_trace(first: dict[str,
     assert "convert_input" not in vars(trainer.precision_plugin)
 
 
-# -- positions through data sets of data sets and samplers -----------------------------------------------------------------
+# -- positions through data sets of data sets and samplers -----------------------------------------------------------
 
 
 def test_subset_names_the_position_below():
@@ -335,14 +349,16 @@ def test_a_sampler_of_names_is_refused():
 
 def test_batches_keep_the_users_type():
     class Seen(Model):
-        kinds: set[type] = set()
+        def __init__(self) -> None:
+            super().__init__()
+            self.kinds: set[type] = set()
 
         def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            self.kinds = self.kinds | {type(batch)}
+            self.kinds.add(type(batch))
             return batch
 
         def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-            self.kinds = self.kinds | {type(batch)}
+            self.kinds.add(type(batch))
             return batch
 
     class Batch:
@@ -361,7 +377,9 @@ def test_batches_keep_the_users_type():
 def test_key_names_an_attribute_of_a_batch_object():
     class Batch:
         def __init__(self, samples: list[Any]) -> None:
-            self.x, self.y, self.number = map(torch.stack, zip(*[(x, y, torch.tensor(i)) for x, y, i in samples], strict=True))
+            self.x, self.y, self.number = map(
+                torch.stack, zip(*[(x, y, torch.tensor(i)) for x, y, i in samples], strict=True)
+            )
 
     def step(model: Any, batch: Batch) -> Any:
         return model.loss(model.logits(batch.x), batch.y)

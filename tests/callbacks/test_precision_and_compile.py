@@ -7,18 +7,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from every_method_helpers import CLASSES, SAMPLES, Model, StepModel, assert_same, fit, make_loader, row_tensors
+from every_method_helpers import (
+    CLASSES,
+    INERT,
+    QUIET,
+    SAMPLES,
+    Model,
+    StepModel,
+    assert_same,
+    fit,
+    make_loader,
+    row_tensors,
+)
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from dataparams import DataParameters, TrainingDynamics
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*next to nothing:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-]
+pytestmark = [*QUIET, INERT]
 
 
 def scaler_plugin(scale: float = 2.0**10) -> MixedPrecision:
@@ -46,7 +52,9 @@ def test_initial_state_is_plain_training_under_a_scaler():
 @pytest.mark.parametrize("grad_scale", ["instance", "mean"])
 def test_scaler_with_accumulation_and_clipping(grad_scale: Any):
     """The same rows as in full precision with the joint batch, whatever the scale."""
-    full, half = (DataParameters(CLASSES, "joint", lr=0.1, class_lr=0.1, bounds=(-3, 3), grad_scale=grad_scale) for _ in range(2))
+    full, half = (
+        DataParameters(CLASSES, "joint", lr=0.1, class_lr=0.1, bounds=(-3, 3), grad_scale=grad_scale) for _ in range(2)
+    )
     fit(full, max_epochs=1)
     options: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 100.0, "plugins": scaler_plugin()}
     fit(half, make_loader(batch_size=4), max_epochs=1, **options)
@@ -71,6 +79,7 @@ def test_scaler_under_manual_optimization():
     assert_same(row_tensors(manual), row_tensors(automatic))
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning", "ignore:.*row steps so far")
 def test_overflow_skips_the_model_and_never_breaks_the_rows():
     callback, plugin = DataParameters(lr=0.2), scaler_plugin(2.0**126)
     model = fit(callback, plugins=plugin, max_epochs=1)
@@ -83,7 +92,7 @@ def test_overflow_skips_the_model_and_never_breaks_the_rows():
     assert (callback.tables["log_temperature"].values != 0).all()
 
 
-# -- torch.compile -----------------------------------------------------------------------------------------------------------
+# -- torch.compile ---------------------------------------------------------------------------------------------------
 
 
 def compiled(model: nn.Module) -> Any:
@@ -113,7 +122,7 @@ def test_compiled_module_with_each_way_in(way: str):
 
 @pytest.mark.parametrize("way", ["module", "inline"])
 def test_a_module_compiled_and_trained_before_the_callback_came(way: str):
-    """What torch.compile remembers of a fit without hooks must not be reused in one with them, nor the other way round."""
+    """What torch.compile remembers of a fit without hooks must not be reused in one with them, nor vice versa."""
     model = StepModel(found, loss=nn.CrossEntropyLoss()) if way == "module" else StepModel(inline)
     whole = compiled(model)
     fit([], model=whole, max_epochs=1)

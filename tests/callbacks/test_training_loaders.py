@@ -7,23 +7,30 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from every_method_helpers import SAMPLES, Model, Numbered, StepModel, WithIds, assert_same, fit, make_loader, make_trainer
+from every_method_helpers import (
+    INERT,
+    QUIET,
+    SAMPLES,
+    Model,
+    Numbered,
+    StepModel,
+    WithIds,
+    assert_same,
+    fit,
+    make_loader,
+    make_trainer,
+)
 from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader
 
 from dataparams import DataParameters, TrainingDynamics
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*next to nothing:UserWarning"),
-]
+pytestmark = [*QUIET, INERT]
 
 
 def visits(callback: Any) -> list[int]:
     return callback.to_frame()["visits"].tolist()
-
 
 
 def both(model: Any, batch: Any) -> Any:
@@ -45,7 +52,9 @@ def test_several_loaders_number_through(mode: str):
     fit(callback, CombinedLoader(loaders, mode), model=model)  # type: ignore[arg-type]
     frame = callback.to_frame()
     labels, seen = [*Numbered(16).y.tolist(), *Numbered(9).y.tolist()], frame["visits"] > 0
-    assert frame["given_label"][seen].tolist() == [label for label, visited in zip(labels, seen, strict=True) if visited]
+    assert frame["given_label"][seen].tolist() == [
+        label for label, visited in zip(labels, seen, strict=True) if visited
+    ]
     rounds = {"min_size": (2 * 12, 2 * 9), "max_size": (2 * 16, 2 * 9), "max_size_cycle": (2 * 16, 2 * 12)}[mode]
     assert (frame["visits"][:16].sum(), frame["visits"][16:].sum()) == rounds
 
@@ -53,7 +62,8 @@ def test_several_loaders_number_through(mode: str):
 @pytest.mark.parametrize("collection", [dict, list, tuple])
 def test_several_loaders_in_any_collection(collection: Any):
     callback, (model, loaders) = DataParameters(lr=0.2), two_models()
-    fit(callback, loaders if collection is dict else collection(loaders.values()), model=model)
+    given: Any = loaders if collection is dict else collection(loaders.values())
+    fit(callback, given, model=model)
     assert callback.to_frame()["given_label"].tolist() == [*Numbered(16).y.tolist(), *Numbered(9).y.tolist()]
 
 
@@ -78,7 +88,13 @@ def test_loaders_that_cannot_be_told_apart_are_refused():
 
 @pytest.mark.parametrize(
     "options",
-    [{"overfit_batches": 2}, {"fast_dev_run": 2}, {"limit_train_batches": 2}, {"limit_train_batches": 0.5}, {"max_steps": 4}],
+    [
+        {"overfit_batches": 2},
+        {"fast_dev_run": 2},
+        {"limit_train_batches": 2},
+        {"limit_train_batches": 0.5},
+        {"max_steps": 4},
+    ],
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:.*overfit_batches")
@@ -157,14 +173,31 @@ def test_the_data_set_can_be_reached_through_the_trainer_during_the_fit():
     assert vars(data)["difficulty"] == 2
 
 
-def test_batches_in_a_list_need_a_key():
-    batches = list(make_loader(WithIds()))
-    with pytest.raises(ValueError, match=r"a list, whose samples have no positions.*index_key="):
-        fit(DataParameters(lr=0.2), batches)  # type: ignore[arg-type]
-    listed, followed = (DataParameters(lr=0.2, index_key=key) for key in (2, None))
-    fit(listed, batches)  # type: ignore[arg-type]
+def test_a_loader_that_is_not_torchs_needs_a_key():
+    class Batches:
+        """Batches from anywhere: DALI, FFCV, a list."""
+
+        def __init__(self) -> None:
+            self.batches = list(make_loader(WithIds()))
+
+        def __len__(self) -> int:
+            return len(self.batches)
+
+        def __iter__(self) -> Any:
+            return iter(self.batches)
+
+    with pytest.raises(ValueError, match=r"a Batches, whose samples have no positions.*index_key="):
+        fit(DataParameters(lr=0.2), Batches())  # type: ignore[arg-type]
+    sized, growing, followed = (
+        DataParameters(lr=0.2, index_key=2, num_rows=SAMPLES),
+        DataParameters(lr=0.2, index_key=2),
+        DataParameters(lr=0.2),
+    )
+    fit(sized, Batches())  # type: ignore[arg-type]
+    fit(growing, Batches())  # type: ignore[arg-type]
     fit(followed, make_loader())
-    assert listed.to_frame().equals(followed.to_frame())
+    assert sized.to_frame().equals(followed.to_frame())
+    assert growing.to_frame().equals(followed.to_frame())
 
 
 @pytest.mark.parametrize("options", [{"limit_train_batches": 0}, {"max_epochs": 0}], ids=str)
@@ -179,15 +212,17 @@ def test_a_fit_without_a_step_leaves_nothing(options: dict[str, Any]):
     assert visits(callback) == SAMPLES * [1]
 
 
-def test_a_loader_that_changes_its_batches_on_the_way():
-    """A loader of the user's own whose iterator takes batches apart, as prefetchers do."""
+def test_a_loader_that_takes_its_batches_apart_is_refused_with_a_way_out():
+    """A loader of the user's own whose iterator opens the batches, as prefetchers do."""
 
     class Casting(DataLoader):
         def __iter__(self) -> Any:
-            for x, y in super().__iter__():
-                yield x.float(), y.long()
+            for x, y, index in super().__iter__():
+                yield x.float(), y.long(), index
 
-    casting, usual = TrainingDynamics(), TrainingDynamics()
-    fit(casting, Casting(Numbered(), batch_size=8))
+    with pytest.raises(TypeError, match="index_key="):
+        fit(TrainingDynamics(), Casting(WithIds(), batch_size=8))
+    casting, usual = TrainingDynamics(index_key=2), TrainingDynamics()
+    fit(casting, Casting(WithIds(), batch_size=8))
     fit(usual, make_loader())
     assert_same(casting.state_dict(), usual.state_dict())
