@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torchmetrics.functional.classification import binary_auroc
 
 from dataparams.callbacks.logging import log_histogram, log_metrics, mean_travel, row_statistics
+from dataparams.callbacks.sample_table import SampleTable
 from dataparams.callbacks.session import Session
 from dataparams.distributed import VisitGather
 from dataparams.dynamics import BYTES_PER_ROW, DynamicsTable
-from dataparams.index import IndexKey, RowIds, plain_ids, rows_of
+from dataparams.ids import IndexKey, plain_ids, rows_of
 from dataparams.objective import Stage
 from dataparams.optim import RowOptimizer
 from dataparams.tables import ParameterTable, Storage
@@ -32,7 +30,7 @@ from dataparams.tables import ParameterTable, Storage
 MIN_TRAVEL = 0.002
 
 
-class MethodCallback(L.Callback):
+class MethodCallback(SampleTable, L.Callback):
     """Base of the method callbacks. A method overrides :meth:`make_tables`, :meth:`stages` and :meth:`columns`.
 
     Args:
@@ -72,10 +70,6 @@ class MethodCallback(L.Callback):
         self.storage_dir = None if storage_dir is None else Path(storage_dir)
         self.tables: dict[str, ParameterTable] = {}
         self.optimizers: list[RowOptimizer] = []
-        self.dynamics: DynamicsTable | None = None
-        self.row_ids: RowIds | None = None
-        self.base_positions: Sequence[int] | None = None
-        self.known_ids: list[Any] | None = None
         self.num_rows_built: int | None = None
         self._session: Session | None = None
         self._last_logged = -1
@@ -89,17 +83,6 @@ class MethodCallback(L.Callback):
     def stages(self) -> list[Stage]:
         """The method's parts in the loss."""
         return []
-
-    def columns(self, frame: pd.DataFrame) -> dict[str, Any]:
-        """The method's columns of :meth:`to_frame`, given the shared ones."""
-        return {}
-
-    def scores(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
-        """Detectors of wrong labels, higher is more suspicious."""
-        return {
-            "mean_loss": frame["mean_loss"].to_numpy(),
-            "margin": -frame["mean_margin"].to_numpy(),
-        }
 
     # -- life cycle, in Lightning's order ---------------------------------------------------------------------------
 
@@ -284,11 +267,6 @@ class MethodCallback(L.Callback):
                 "learning rate, or look for NaN in the data.",
             )
 
-    @property
-    def names(self) -> list[Any] | None:
-        """The user's ids in row order, from this fit, an earlier one or a checkpoint; None where rows are the ids."""
-        return self.row_ids.names if self.row_ids is not None else self.known_ids
-
     # -- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -362,74 +340,3 @@ class MethodCallback(L.Callback):
             return loss_fn(logits, target, **options)
         rows = rows_of(index, self._session.tracker.row_ids)
         return self._session.explicit_call(loss_fn, rows, logits, target, **options)
-
-    def to_frame(self) -> pd.DataFrame:
-        """One line a sample, in row order.
-
-        Columns ``index`` (row), ``id`` (the user's id; for a ``Subset`` the position in the data set below),
-        ``given_label``, ``visits``, ``mean_loss``, ``mean_margin``, ``forgetting_events``, ``confidence``,
-        ``variability``, and the method's own.
-
-        Raises:
-            RuntimeError: nothing was trained or restored yet.
-        """
-        if self.dynamics is None:
-            raise RuntimeError(
-                f"{type(self).__name__} has no rows yet: train first, or load_state_dict from a checkpoint"
-            )
-        names = self.names
-        frame = self.dynamics.to_frame()
-        if names is not None:  # tables of growing ids are larger than what was seen
-            frame = frame.iloc[: len(names)].copy()
-        index = np.arange(len(frame))
-        frame.insert(0, "index", index)
-        frame.insert(
-            1,
-            "id",
-            names if names is not None else (self.base_positions if self.base_positions is not None else index),
-        )
-        return frame.assign(**{name: column[: len(frame)] for name, column in self.columns(frame).items()})
-
-    def suspects(self, k: int | None = 100, by: str = "mean_loss") -> pd.DataFrame:
-        """The samples whose labels look wrong, worst first.
-
-        Args:
-            k: how many; None: all.
-            by: one of :meth:`scores`. The running mean loss of a noise-robust run is the best single ranking that was
-                measured (see the README); the method's own rows are another.
-
-        Raises:
-            ValueError: an unknown score.
-        """
-        frame = self.to_frame()
-        scores = self.scores(frame)
-        if by not in scores:
-            raise ValueError(f"by={by!r} is not a score of {type(self).__name__}; choose from {sorted(scores)}")
-        frame["score"] = scores[by]
-        return frame.sort_values("score", ascending=False, na_position="last", kind="stable").head(
-            len(frame) if k is None else k
-        )
-
-    def auroc(self, is_corrupt: Any) -> dict[str, float]:
-        """How well each score finds the wrong labels, where the truth is known.
-
-        Args:
-            is_corrupt: ``(N,)`` bool, by row: held outside of this library, so that a mix-up of rows shows.
-
-        Returns:
-            Area under the ROC curve by score, over visited samples.
-
-        Raises:
-            ValueError: another number of samples.
-        """
-        frame = self.to_frame()
-        truth = torch.as_tensor(np.asarray(is_corrupt)).bool()
-        if truth.shape != (len(frame),):
-            raise ValueError(f"is_corrupt has shape {tuple(truth.shape)}, but there are {len(frame)} samples")
-        seen = torch.from_numpy((frame["visits"] > 0).to_numpy(copy=True))
-        result = {}
-        for name, score in self.scores(frame).items():
-            # ranks: binary_auroc squashes values outside [0, 1] through a sigmoid, which ties the extremes
-            ranks = torch.from_numpy(pd.Series(score).rank(pct=True).to_numpy(copy=True))
-            result[name] = float(binary_auroc(ranks[seen], truth[seen].long()))
-        return result

@@ -79,9 +79,11 @@ def _make_hooks(session: Session, criterion: Criterion) -> tuple[Callable[..., A
     return before, after
 
 
-@torch.compiler.disable
-def _eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)  # dynamo has no business in the objective
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+_eagerly: Callable[..., Any] = torch.compiler.disable(_call)  # dynamo has no business in the objective
 
 
 def _is_compiled(module: L.LightningModule) -> bool:

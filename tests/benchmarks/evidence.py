@@ -37,7 +37,7 @@ HARMLESS_RATES = (0.01, 0.05)
 HARMLESS_NOISE = (0.0, 0.4)
 HARMLESS_EXTRA = {
     "fashion_noise": ["trainer.max_epochs=12"],
-    "cifar10": ["data.train_size=4000", "data.source=lossless", "trainer.max_epochs=10"],
+    "cifar10": ["data.train_size=4000", "data.source=lossless", "trainer.max_epochs=6"],
 }
 TOLERANCE = -0.5
 

@@ -1,4 +1,4 @@
-"""Row-sparse optimizers for parameter tables, and the wrapper that puts them next to a model's optimizer.
+"""Row-sparse optimizers for parameter tables.
 
 Only visited rows move: momentum advances, decay pulls and bounds clamp when a row is visited and at no other time.
 A row whose gradient is exactly zero was still visited. Duplicated rows are combined first and stepped once.
@@ -10,13 +10,13 @@ only.
 
 from __future__ import annotations
 
-from collections import UserDict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from dataparams.optim.segments import segment_sum, segments
 from dataparams.tables import ParameterTable, Visit
 
 GradScale = Literal["mean", "instance"]
@@ -24,41 +24,6 @@ Duplicates = Literal["sum", "mean"]
 # Called with (index (V,), gradient (V, *row_shape), valid (V,)) of this process; returns those of all processes, in
 # rank order.
 Gather = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
-def segments(index: Tensor) -> Tensor:
-    """Number the distinct values of ``index`` 0, 1, ...: equal entries get equal numbers.
-
-    On the CPU this is ``torch.unique``'s inverse; elsewhere the size of its result would cost a host-device
-    synchronisation.
-
-    Args:
-        index: ``(V,)`` int64.
-
-    Returns:
-        ``(V,)`` int64 in ``[0, V)``.
-    """
-    if index.device.type == "cpu":
-        return torch.unique(index, return_inverse=True)[1]
-    ordered, order = torch.sort(index)
-    numbers = torch.zeros_like(index)
-    numbers[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
-    return torch.empty_like(index).scatter_(0, order, numbers)
-
-
-def segment_sum(segment: Tensor, values: Tensor) -> Tensor:
-    """For each entry the sum of ``values`` over the entries of its segment; deterministic on every device.
-
-    Args:
-        segment: ``(V,)`` from :func:`segments`.
-        values: ``(V, ...)``.
-    """
-    total = torch.zeros_like(values)
-    if values.device.type == "cpu":
-        total.index_add_(0, segment, values)
-    else:  # index_add_ adds in any order on CUDA, index_put_ sorts first: ranks must agree bit for bit
-        total.index_put_((segment,), values, accumulate=True)
-    return total[segment]
 
 
 def _broadcast(mask: Tensor, like: Tensor) -> Tensor:
@@ -370,111 +335,3 @@ class RowAdam(RowOptimizer):
         first = state["first_moment"] / (1 - beta1**steps)
         second = state["second_moment"] / (1 - beta2**steps)
         return group["lr"] * first / (second.sqrt() + group["eps"])
-
-
-class _WithLeaves(UserDict):
-    """A parameter group, by reference, whose ``params`` end with the leaves that wait for a step."""
-
-    def __init__(self, group: dict[str, Any], leaves: list[Tensor]) -> None:
-        self.data = group
-        self.leaves = leaves
-
-    def __getitem__(self, key: str) -> Any:
-        return [*self.data["params"], *self.leaves] if key == "params" else self.data[key]
-
-
-class DataParameterOptimizer(torch.optim.Optimizer):
-    """A model's optimizer and its tables' row optimizer, stepped as one.
-
-    Learning-rate schedulers see the model's groups only (the rows' rate is constant, as in the paper); ``GradScaler``
-    unscales and checks both. ``state_dict`` holds the model's optimizer, the row optimizer and the tables themselves.
-
-    Args:
-        optimizer: the model's optimizer.
-        tables: tables to train beside it, or a ready :class:`RowSGD` / :class:`RowAdam`.
-        **row_options: for the :class:`RowSGD` that is made when tables are given: ``lr``, ``momentum``,
-            ``weight_decay``, ``grad_scale``, ``duplicates``.
-
-    Example:
-        >>> model, table = torch.nn.Linear(2, 3), ParameterTable(10)
-        >>> optimizer = DataParameterOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), [table], lr=0.2)
-        >>> x, y, index = torch.randn(4, 2), torch.tensor([0, 1, 2, 0]), torch.tensor([5, 1, 7, 2])
-        >>> sigma = table.rows(index).exp()
-        >>> torch.nn.functional.cross_entropy(model(x) / sigma[:, None], y).backward()
-        >>> optimizer.step()
-        >>> optimizer.zero_grad()
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        tables: Iterable[ParameterTable] | RowOptimizer,
-        **row_options: Any,
-    ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if isinstance(tables, RowOptimizer) and row_options:
-            raise ValueError(f"{sorted(row_options)} belong to the row optimizer; set them where you make it")
-        self.optimizer = optimizer
-        self.rows = tables if isinstance(tables, RowOptimizer) else RowSGD(tables, **row_options)
-        self._ready = False
-        super().__init__(optimizer.param_groups, optimizer.defaults)
-        self._ready = True
-
-    @property
-    def param_groups(self) -> list[Any]:  # type: ignore[override]
-        """The model's groups, the very same dictionaries.
-
-        While rows wait for a step, the first group's ``params`` also show their leaves, for ``GradScaler`` to unscale
-        and check; what is written to the group still goes to the model's.
-        """
-        groups = self.optimizer.param_groups
-        leaves = [leaf for group in self.rows.param_groups for leaf in group["params"]] if self._ready else []
-        return [_WithLeaves(groups[0], leaves), *groups[1:]] if leaves else groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        pass  # torch's constructor assigns an empty list; the groups are the wrapped optimizer's
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The wrapped optimizer's state."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        pass
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the model's optimizer."""
-        if self._ready:  # torch's constructor adds the groups that are there already
-            self.optimizer.add_param_group(param_group)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of the model's parameters and of the rows."""
-        self.optimizer.zero_grad(set_to_none)
-        self.rows.zero_grad()
-
-    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
-        """Step the model, then the rows, on the gradients of the same backward pass."""
-        loss = self.optimizer.step() if closure is None else self.optimizer.step(closure)
-        self.rows.step()
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """``{"optimizer", "rows", "tables"}``: tensors and plain types only."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "rows": self.rows.state_dict(),
-            "tables": [table.state_dict() for table in self.rows.tables],
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
-        """Restore the model's optimizer, the row optimizer and the tables' values."""
-        self.rows.load_state_dict(state_dict["rows"])
-        for table, state in zip(self.rows.tables, state_dict["tables"], strict=True):
-            table.load_state_dict(state)
-        self.optimizer.load_state_dict(state_dict["optimizer"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "step"}  # a scheduler's patch
