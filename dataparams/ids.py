@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 IndexKey = str | int | Callable[[Any], Any]
+Ids = Sequence[Hashable] | np.ndarray | Tensor
 
 
 def plain_ids(ids: Any) -> list[Any]:
@@ -30,7 +32,7 @@ class RowIds:
         growing: other ids get new rows (single process only, for processes would number them differently).
     """
 
-    def __init__(self, num_rows: int | None, ids: Sequence[Hashable] | None = None, growing: bool = False) -> None:
+    def __init__(self, num_rows: int | None, ids: Ids | None = None, growing: bool = False) -> None:
         ids = None if ids is None else plain_ids(ids)
         self.num_rows = num_rows if ids is None else len(ids)
         self.rows: dict[Hashable, int] | None = None if ids is None else {name: row for row, name in enumerate(ids)}

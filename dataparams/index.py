@@ -10,7 +10,7 @@ This is the only module that touches anything private in Lightning.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from dataparams.ids import IndexKey, RowIds, read_ids
+from dataparams.ids import Ids, IndexKey, RowIds, read_ids
 
 
 class IndexedBatch:
@@ -156,7 +156,7 @@ class IndexTracker:
     def __init__(
         self,
         index_key: IndexKey | None = None,
-        ids: Sequence[Hashable] | None = None,
+        ids: Ids | None = None,
         num_rows: int | None = None,
     ) -> None:
         self.index_key = index_key

@@ -98,9 +98,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     datamodule = instantiate(cfg.data, _convert_="all")
     module = instantiate(cfg.module, _convert_="all")
     makers = {name: partial(instantiate, node, _convert_="all") for name, node in cfg.callbacks.items()}
-    trainer = _make_trainer(cfg, run_dir, [make() for make in makers.values()])
+    interrupt = SaveOnInterrupt(run_dir / "checkpoints" / "interrupted.ckpt")
+    trainer = _make_trainer(cfg, run_dir, [interrupt, *(make() for make in makers.values())])
     last = run_dir / "checkpoints" / "last.ckpt"
-    with _saving_when_interrupted(run_dir, makers, datamodule):
+    with _saving_when_interrupted(interrupt, run_dir, makers, datamodule):
         trainer.fit(module, datamodule=datamodule, ckpt_path=last if cfg.resume and last.exists() else None)
 
     if trainer.is_global_zero:
@@ -126,7 +127,6 @@ def _make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback]) -
     methods = [callback for callback in callbacks if isinstance(callback, MethodCallback)]
     keep = partial(ModelCheckpoint, folder, save_on_train_epoch_end=True, enable_version_counter=False)
     callbacks = [
-        SaveOnInterrupt(folder / "interrupted.ckpt"),
         *callbacks,
         DetectionMonitor(methods),
         StepTimer(),
@@ -154,11 +154,15 @@ def _make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback]) -
 
 
 @contextmanager
-def _saving_when_interrupted(run_dir: Path, makers: dict[str, Any], datamodule: Any) -> Iterator[None]:
-    """Lightning ends a fit on Ctrl-C or SIGTERM with SystemExit; before that goes on, write what was learned."""
+def _saving_when_interrupted(
+    interrupt: SaveOnInterrupt, run_dir: Path, makers: dict[str, Any], datamodule: Any
+) -> Iterator[None]:
+    """Where Ctrl-C or SIGTERM ends the fit, write what was learned before the program ends."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except BaseException:
+        if not interrupt.interrupted:
+            raise
         checkpoints = _load_checkpoints(run_dir)
         if now := checkpoints.get("interrupted"):
             rows = rows_of_run(makers, checkpoints.get("best", now), now, datamodule)

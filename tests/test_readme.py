@@ -32,7 +32,8 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
 
 def override_lines() -> list[str]:
     lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("dataparams ") and "=" in line and not line.startswith("dataparams compare")]
+    runs = [line for line in lines if line.startswith("dataparams ") and "=" in line]
+    return [line for line in runs if not line.startswith(("dataparams compare", "dataparams report"))]
 
 
 @pytest.mark.parametrize("line", override_lines())

@@ -279,6 +279,21 @@ def test_a_run_that_fails_leaves_no_results(tmp_path):
     assert not {"results.json", "rows.parquet", "metrics.csv"} & files_in(tmp_path)
 
 
+class FailsInTheSecondEpoch(Classifier):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            raise RuntimeError("broken on purpose")
+
+
+def test_an_error_in_training_is_no_interruption(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        short_run(tmp_path, f"module._target_={__name__}.{FailsInTheSecondEpoch.__name__}")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not {"results.json", "rows.parquet"} & files_in(tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
 def test_a_checkpoint_that_cannot_be_finished_leaves_the_last_one(tmp_path):
     plugin = AtomicCheckpointIO()
     plugin.save_checkpoint({"epoch": 1}, tmp_path / "last.ckpt")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import uuid
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -19,7 +19,7 @@ from dataparams.callbacks.sample_table import SampleTable
 from dataparams.callbacks.session import Session
 from dataparams.distributed import VisitGather
 from dataparams.dynamics import BYTES_PER_ROW, DynamicsTable
-from dataparams.ids import IndexKey, plain_ids, rows_of
+from dataparams.ids import Ids, IndexKey, plain_ids, rows_of
 from dataparams.objective import Stage
 from dataparams.optim import RowOptimizer
 from dataparams.tables import ParameterTable, Storage
@@ -46,12 +46,14 @@ class MethodCallback(SampleTable, L.Callback):
             checkpoints.
     """
 
+    shared_tables: ClassVar[frozenset[str]] = frozenset()  # tables whose rows are not one a sample
+
     def __init__(
         self,
         *,
         criterion: str | nn.Module | Callable[..., Tensor] | None = None,
         index_key: IndexKey | None = None,
-        ids: Sequence[Hashable] | None = None,
+        ids: Ids | None = None,
         num_rows: int | None = None,
         storage: Storage = "device",
         storage_dir: str | Path | None = None,
@@ -156,8 +158,8 @@ class MethodCallback(SampleTable, L.Callback):
 
     def resize(self, num_rows: int) -> None:
         """Grow the tables with a row a sample, for ids that are numbered as they come."""
-        for table in self.tables.values():
-            if table.num_rows == self.num_rows_built:
+        for name, table in self.tables.items():
+            if name not in self.shared_tables:
                 table.resize(num_rows)
         for optimizer in self.optimizers:
             optimizer.resize()
@@ -236,7 +238,7 @@ class MethodCallback(SampleTable, L.Callback):
         statistics = {}
         for name, table in self.tables.items():
             values = table.values
-            if batches is not None and table.num_rows == self.num_rows_built:
+            if batches is not None and name not in self.shared_tables:
                 if not batches:
                     continue
                 values = values[torch.cat(batches).to(values.device)]
@@ -252,7 +254,7 @@ class MethodCallback(SampleTable, L.Callback):
         """Once an epoch: rows that hardly move and steps that were not taken are bugs that look like success."""
         assert self.dynamics is not None
         for name, table in self.tables.items():
-            visited = self.dynamics.counts[:, 0] > 0 if table.num_rows == self.num_rows_built else None
+            visited = None if name in self.shared_tables else self.dynamics.counts[:, 0] > 0
             travel = float(mean_travel(table.values, table.init, visited))
             if travel < MIN_TRAVEL:
                 self._warn_once(
@@ -260,6 +262,12 @@ class MethodCallback(SampleTable, L.Callback):
                     f"{name} has moved by {travel:.1g} on average after an epoch, which is next to nothing. Raise lr "
                     "(with grad_scale='mean' the step per visit is lr / batch size), or train longer.",
                 )
+        if any(table.visited() for table in self.tables.values()):
+            self._warn_once(
+                "waiting",
+                "gradients of rows wait at the end of an epoch, for no step came. Step the optimizer through Lightning "
+                "(self.optimizers(), not use_pl_optimizer=False), which says when.",
+            )
         if skipped := sum(int(rows.skipped_steps) for rows in self.optimizers):
             self._warn_once(
                 "skipped",

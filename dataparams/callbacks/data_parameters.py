@@ -151,6 +151,8 @@ class DataParameters(MethodCallback):
         self._make_tables(1, torch.device("cpu"), storage={})
         self.tables, self.optimizers = {}, []
 
+    shared_tables = frozenset({"class_log_temperature"})
+
     @property
     def state_key(self) -> str:
         """Class and instance temperatures may be trained by two callbacks of one trainer."""

@@ -57,7 +57,8 @@ class SampleTable:
         """
         if self.dynamics is None:
             raise RuntimeError(
-                f"{type(self).__name__} has no rows yet: train first, or load_state_dict from a checkpoint"
+                f"{type(self).__name__} has no rows: train first, or restore it from a checkpoint with load_state_dict "
+                "(after strategy='ddp_spawn', whose trained callback lived in the child processes, too)"
             )
         names = self.names
         frame = self.dynamics.to_frame()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -90,7 +93,10 @@ class DetectionMonitor(L.Callback):
 
 
 class SaveOnInterrupt(L.Callback):
-    """Saves a checkpoint when Ctrl-C or SIGTERM ends the fit: what was learned since the last epoch ended is in it.
+    """On Ctrl-C or SIGTERM, saves a checkpoint before the fit ends: what was learned since the last epoch is in it.
+
+    Ctrl-C takes effect between two batches, where rows and weights belong together and no file is being written; a
+    second one at once.
 
     Args:
         path: the checkpoint file.
@@ -98,8 +104,33 @@ class SaveOnInterrupt(L.Callback):
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.interrupted = False
+        self._usual: Any = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():  # Python allows no other to set it
+            self._usual = signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def _stop_if_interrupted(self, *args: Any, **kwargs: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    on_train_batch_start = on_validation_batch_start = _stop_if_interrupted
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        # Before the first step there is nothing to save.
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.global_step > 0:
+        # Loader workers hear of Ctrl-C as well and die of it, which reaches the fit as another exception.
+        self.interrupted |= isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        if not self.interrupted:
+            self.teardown(trainer, pl_module, "fit")
+        elif trainer.global_step > 0:  # before the first step there is nothing to save
             trainer.save_checkpoint(self.path)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self._usual is not None:
+            signal.signal(signal.SIGINT, self._usual)
+            self._usual = None

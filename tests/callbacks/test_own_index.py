@@ -140,6 +140,14 @@ def test_listed_integers_may_be_any_sequence(listed: Any, tmp_path: Path):
     torch.load(tmp_path / "last.ckpt", weights_only=True)
 
 
+def test_callbacks_agree_on_equal_arrays_of_ids():
+    left, right = np.array(NAMES), np.array(NAMES)
+    options: list[dict[str, Any]] = [{"index_key": "id", "ids": each} for each in (left, right)]
+    callbacks = [TrainingDynamics(**options[0]), DataParameters(**options[1])]
+    fit(callbacks, make_loader(Mapped(NAMES, Numbered())), model=MappedModel())
+    assert [callback.to_frame()["id"].tolist() for callback in callbacks] == [NAMES, NAMES]
+
+
 @pytest.mark.parametrize("kind", [np.array, list], ids=["array", "list"])
 def test_ids_that_come_as_arrays_leave_the_checkpoint_plain(kind: Any, tmp_path: Path):
     def names(batch: Any) -> Any:
