@@ -159,7 +159,8 @@ def _saving_when_interrupted(
 ) -> Iterator[None]:
     """Where Ctrl-C or SIGTERM ends the fit, write what was learned before the program ends."""
     try:
-        yield
+        with interrupt.listening():
+            yield
     except BaseException:
         if not interrupt.interrupted:
             raise

@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from types import FrameType
@@ -96,7 +97,7 @@ class SaveOnInterrupt(L.Callback):
     """On Ctrl-C or SIGTERM, saves a checkpoint before the fit ends: what was learned since the last epoch is in it.
 
     Ctrl-C takes effect between two batches, where rows and weights belong together and no file is being written; a
-    second one at once.
+    second one at once. Put ``trainer.fit`` inside :meth:`listening`.
 
     Args:
         path: the checkpoint file.
@@ -105,11 +106,18 @@ class SaveOnInterrupt(L.Callback):
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.interrupted = False
-        self._usual: Any = None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread():  # Python allows no other to set it
-            self._usual = signal.signal(signal.SIGINT, self._note)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Notes Ctrl-C, where it would raise KeyboardInterrupt at any line."""
+        if threading.current_thread() is not threading.main_thread():  # Python allows no other to listen
+            yield
+            return
+        usual = signal.signal(signal.SIGINT, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, usual)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.interrupted:
@@ -125,12 +133,5 @@ class SaveOnInterrupt(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         # Loader workers hear of Ctrl-C as well and die of it, which reaches the fit as another exception.
         self.interrupted |= isinstance(exception, KeyboardInterrupt | SIGTERMException)
-        if not self.interrupted:
-            self.teardown(trainer, pl_module, "fit")
-        elif trainer.global_step > 0:  # before the first step there is nothing to save
+        if self.interrupted and trainer.global_step > 0:  # before the first step there is nothing to save
             trainer.save_checkpoint(self.path)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self._usual is not None:
-            signal.signal(signal.SIGINT, self._usual)
-            self._usual = None
