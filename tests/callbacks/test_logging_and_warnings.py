@@ -132,7 +132,7 @@ def test_inert_rows_warn_once_and_say_what_to_raise():
 
 def test_the_papers_rate_is_named_inert_in_a_short_run():
     with pytest.warns(UserWarning, match="step per visit is lr / batch size"):
-        fit(DataParameters(preset="paper", lr=0.02), max_epochs=1)
+        fit(DataParameters(preset="paper", lr=0.002), max_epochs=1)
 
 
 @pytest.mark.parametrize("make", [lambda: DataParameters(lr=0.2), TrainingDynamics], ids=["moving", "nothing to move"])
