@@ -1,8 +1,8 @@
 """What a run leaves behind: tables, Parquet, plots, and the summary of a sweep."""
 
-from .compare import compare, format_summary, read_sweep, summarize
-from .plots import write_plots
-from .rows import (
+from dataparams.report.compare import compare, format_summary, read_sweep, summarize
+from dataparams.report.plots import write_plots
+from dataparams.report.rows import (
     SCHEMA_VERSION,
     auroc,
     build_rows,

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from .files import replacing
+from dataparams.report.files import replacing
 
 BASELINE = "none"
 # Settings that tell the methods of a sweep apart, follow from the seed or change no number; two runs that differ in

@@ -17,8 +17,7 @@ import numpy as np
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dataparams.callbacks.base import MethodCallback
-
-from .rows import DETECTORS, auroc, merge_frames, suspicion
+from dataparams.report.rows import DETECTORS, auroc, merge_frames, suspicion
 
 
 class StepTimer(L.Callback):

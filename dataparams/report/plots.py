@@ -11,8 +11,8 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .files import replacing
-from .rows import auroc, read_rows, suspicion
+from dataparams.report.files import replacing
+from dataparams.report.rows import auroc, read_rows, suspicion
 
 CLEAN, CORRUPT, NEUTRAL = "#0072B2", "#D55E00", "#555555"  # told apart by colour-blind readers too
 # Curves often lie on top of each other: from wide and pale to narrow and dark, each stays visible under the next.

@@ -14,10 +14,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from dataparams.callbacks.base import MethodCallback
+from dataparams.report.monitor import StepTimer
+from dataparams.report.rows import SCHEMA_VERSION, build_rows, detection_results, merge_frames
 from dataparams.tasks.calibration import calibrated_scores, evaluate
-
-from .monitor import StepTimer
-from .rows import SCHEMA_VERSION, build_rows, detection_results, merge_frames
 
 Checkpoint = dict[str, Any]
 

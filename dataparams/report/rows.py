@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from .files import replacing
+from dataparams.report.files import replacing
 
 SCHEMA_VERSION = "1"
 SCHEMA_KEY = b"dataparams_schema_version"

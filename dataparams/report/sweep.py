@@ -11,8 +11,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from .compare import compare
-from .files import check_writable
+from dataparams.report.compare import compare
+from dataparams.report.files import check_writable
 
 
 class WritableFolders(Callback):

@@ -2,14 +2,14 @@
 examples and tests.
 """
 
-from .calibration import calibrated_scores, evaluate, fit_temperature
-from .cifar import CIFARData
-from .classifier import Classifier
-from .data import NoisyDataModule
-from .image_data import DigitsData, FashionMNISTData, MNISTData
-from .loading import EpochSampler, ImageDataset
-from .models import SmallBNNet, SmallCNN, WideResNet, resnet18_cifar
-from .noise import corrupt_labels
+from dataparams.tasks.calibration import calibrated_scores, evaluate, fit_temperature
+from dataparams.tasks.cifar import CIFARData
+from dataparams.tasks.classifier import Classifier
+from dataparams.tasks.data import NoisyDataModule
+from dataparams.tasks.image_data import DigitsData, FashionMNISTData, MNISTData
+from dataparams.tasks.loading import EpochSampler, ImageDataset
+from dataparams.tasks.models import SmallBNNet, SmallCNN, WideResNet, resnet18_cifar
+from dataparams.tasks.noise import corrupt_labels
 
 __all__ = [
     "CIFARData",

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from .data import ImagePool, NoisyDataModule
+from dataparams.tasks.data import ImagePool, NoisyDataModule
 
 SOURCES = ("auto", "torchvision", "lossless", "jpeg")
 LOSSLESS = "cifar10/cifar10_lossless_8068_1017.npz"

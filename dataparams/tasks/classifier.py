@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import BinaryCalibrationError, MulticlassAccuracy
 
-from .calibration import ECE_BINS
+from dataparams.tasks.calibration import ECE_BINS
 
 
 class Classifier(L.LightningModule):

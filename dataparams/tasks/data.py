@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from .augmentation import crop_and_flip, draw_crop_and_flip
-from .loading import AUGMENTATION, SPLIT, TRAIN_NOISE, VAL_NOISE, EpochSampler, ImageDataset
-from .noise import KINDS, corrupt_labels, read_labels
+from dataparams.tasks.augmentation import crop_and_flip, draw_crop_and_flip
+from dataparams.tasks.loading import AUGMENTATION, SPLIT, TRAIN_NOISE, VAL_NOISE, EpochSampler, ImageDataset
+from dataparams.tasks.noise import KINDS, corrupt_labels, read_labels
 
 # Evaluation keeps no activations, so its batches need not be as small as the training's.
 EVAL_BATCH_SIZE = 500

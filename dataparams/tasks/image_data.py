@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torchvision.datasets import MNIST, FashionMNIST
 
-from .data import ImagePool, NoisyDataModule, stratified_split
-from .loading import TEST_SPLIT
+from dataparams.tasks.data import ImagePool, NoisyDataModule, stratified_split
+from dataparams.tasks.loading import TEST_SPLIT
 
 
 class DigitsData(NoisyDataModule):
