@@ -1,15 +1,19 @@
 """Learnable parameters for every sample, class and task, trained together with the model."""
 
-from dataparams.callbacks import DataParameters, TrainingDynamics
+from dataparams.callbacks import ELR, GCE, DataParameters, LabelSmoothing, SuperLoss, TrainingDynamics
 from dataparams.optim import DataParameterOptimizer, RowAdam, RowSGD
 from dataparams.tables import ParameterTable
 
 __all__ = [
+    "ELR",
+    "GCE",
     "DataParameterOptimizer",
     "DataParameters",
+    "LabelSmoothing",
     "ParameterTable",
     "RowAdam",
     "RowSGD",
+    "SuperLoss",
     "TrainingDynamics",
 ]
 __version__ = "0.1.0"

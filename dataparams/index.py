@@ -307,7 +307,7 @@ class IndexTracker:
         """Rows of the samples that the criterion was called with.
 
         With several loaders the batch may be theirs joined, in the loaders' order, or one of theirs, where the sizes
-        tell.
+        tell: the order of calls would be a guess.
 
         Raises:
             ValueError: none fits.

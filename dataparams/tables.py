@@ -229,6 +229,7 @@ class ParameterTable:
             IndexError: an index out of range (checked where the table is on the CPU; elsewhere it would stall the
                 device).
         """
+        index = torch.as_tensor(index)
         if index.is_floating_point() or index.dtype == torch.bool:
             raise TypeError(f"index must hold row numbers, got a tensor of {index.dtype}")
         here = _send(index, self.values.device)

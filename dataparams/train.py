@@ -18,6 +18,7 @@ from typing import Any
 import hydra
 import lightning as L
 import pandas as pd
+import torch
 from hydra.utils import instantiate
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
@@ -95,6 +96,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         OmegaConf.save(cfg, beside, resolve=True)
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     datamodule = instantiate(cfg.data, _convert_="all")
     module = instantiate(cfg.module, _convert_="all")
     makers = {name: partial(instantiate, node, _convert_="all") for name, node in cfg.callbacks.items()}
@@ -109,10 +112,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         datamodule.setup("fit")
         datamodule.setup("test")
         rows = rows_of_run(makers, checkpoints["best"], checkpoints["last"], datamodule)
+        write_rows(rows, run_dir / "rows.parquet")
         identity = {name: cfg[name] for name in ("experiment", "method", "seed")}
         identity["max_epochs"] = trainer.max_epochs
         results = identity | collect_results(checkpoints, rows, module, datamodule, trainer.strategy.root_device)
-        write_rows(rows, run_dir / "rows.parquet")
         _write_metrics(run_dir)
         write_json(results, results_path)  # last of the tables: where it exists, the run is complete
         (run_dir / "checkpoints" / "interrupted.ckpt").unlink(missing_ok=True)
@@ -219,7 +222,10 @@ def job(cfg: DictConfig) -> float | None:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    results = run(cfg)
+    try:
+        results = run(cfg)
+    except FileNotFoundError as error:  # data that is not there: the message says what to do, a traceback does not
+        raise SystemExit(f"dataparams: {error}") from None
     if not results:
         return None
     print(_headline(results), f"run: {Path(cfg.run_dir).resolve()}", sep="\n", flush=True)
@@ -229,8 +235,8 @@ def job(cfg: DictConfig) -> float | None:
 def _headline(results: dict[str, Any]) -> str:
     lines = [
         f"{results['experiment']}, {results['method']}, seed {results['seed']}: test accuracy "
-        f"{results['test_accuracy_best']:.3f} at the best noisy-validation epoch ({results['best_epoch']}), "
-        f"{results['test_accuracy_last']:.3f} at the last ({results['epochs'] - 1})"
+        f"{results['test_accuracy_best']:.3f} at the best noisy-validation epoch ({results['best_epoch'] + 1} of "
+        f"{results['epochs']}), {results['test_accuracy_last']:.3f} at the last"
     ]
     detectors = [name for name in DETECTORS if results.get(f"auroc_{name}_best") is not None]
     if detectors:
@@ -247,6 +253,8 @@ def report(run_dir: Path, by: str, count: int) -> None:
         by: a key of ``DETECTORS``.
         count: how many samples to print.
     """
+    if not (run_dir / "results.json").exists():
+        raise FileNotFoundError(f"{run_dir} is not a finished run (no results.json); for a sweep: dataparams compare")
     paths = write_plots(run_dir)
     rows = read_rows(run_dir / "rows.parquet")
     scores = suspicion(rows, by, "_last")

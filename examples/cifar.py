@@ -63,8 +63,8 @@ def main() -> None:
     network = {"wrn28_10": WideResNet, "resnet18": resnet18_cifar, "small": SmallBNNet}[args.model](
         num_classes=args.classes
     )
-    optimizer = partial(torch.optim.SGD, lr=args.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    scheduler = partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[80, 120, 160])
+    optimizer = partial(torch.optim.SGD, lr=args.lr, momentum=0.9, weight_decay=5e-4)
+    scheduler = partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[80, 100, 160])
     model = Classifier(network, optimizer, scheduler)
 
     # The one line that matters.
@@ -90,16 +90,6 @@ def main() -> None:
     )
     trainer.fit(model, datamodule=data)
 
-    # Early stopping belongs to the method under label noise: report the best noisy-validation epoch beside the last.
-    for name, path in {"last": None, "best noisy-validation": best.best_model_path}.items():
-        (scores,) = trainer.test(
-            model,
-            datamodule=data,
-            ckpt_path=path,
-            verbose=False,
-            weights_only=True if path else None,
-        )
-        print(f"clean test accuracy, {name} epoch: {scores['test_accuracy']:.4f}")
     if data.is_corrupt is not None:
         print(
             "AUROC as detectors of wrong labels:",
@@ -111,6 +101,17 @@ def main() -> None:
     file = f"{trainer.log_dir or args.out}/suspects.csv"
     method.suspects(k=None).to_csv(file, index=False)
     print(f"all samples, worst first: {file}")
+
+    # Early stopping belongs to the method under label noise: report the best noisy-validation epoch beside the last.
+    for name, path in {"last": None, "best noisy-validation": best.best_model_path}.items():
+        (scores,) = trainer.test(
+            model,
+            datamodule=data,
+            ckpt_path=path,
+            verbose=False,
+            weights_only=True if path else None,
+        )
+        print(f"clean test accuracy, {name} epoch: {scores['test_accuracy']:.4f}")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,16 @@ def test_trainer_is_usable_after_an_exception(method: Method):
 # -- together --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+REPLACING = {"elr", "gce", "label_smoothing"}  # each has the last word about the loss
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if REPLACING.issuperset(pair)], ids="+".join)
+def test_two_methods_that_replace_the_loss_are_refused(pair: tuple[str, str]):
+    with pytest.raises(ValueError, match="both replace the loss"):
+        fit([METHODS[name].make() for name in pair])
+
+
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if not REPLACING.issuperset(pair)], ids="+".join)
 def test_two_methods_in_either_order_give_the_same_result(pair: tuple[str, str]):
     results = []
     for names in (pair, pair[::-1]):

@@ -339,11 +339,11 @@ class MethodCallback(SampleTable, L.Callback):
         Raises:
             RuntimeError: called outside of ``trainer.fit``.
         """
+        if not torch.is_grad_enabled():
+            return loss_fn(logits, target, **options)
         if self._session is None:
             raise RuntimeError(
                 f"{type(self).__name__}.loss works inside trainer.fit; elsewhere use dataparams.functional and RowSGD"
             )
-        if not torch.is_grad_enabled():
-            return loss_fn(logits, target, **options)
         rows = rows_of(index, self._session.tracker.row_ids)
         return self._session.explicit_call(loss_fn, rows, logits, target, **options)

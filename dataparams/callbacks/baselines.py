@@ -17,6 +17,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from dataparams.callbacks.base import MethodCallback
@@ -49,8 +50,10 @@ class _LossBaseline(MethodCallback):
         """Class indices safe to gather with, and each element's weight: 0 where ignored, else the user's class weight.
 
         Raises:
-            ValueError: the criterion is not cross-entropy over class indices.
+            ValueError: the criterion is not cross-entropy over class indices, or another method replaced its losses.
         """
+        if call.losses is not None:
+            raise ValueError(f"{type(self).__name__} and another method both replace the loss; use one of them")
         criterion, target = call.criterion, call.target
         if criterion.kind not in ("cross_entropy", "nll") or target.is_floating_point():
             raise ValueError(
@@ -138,10 +141,11 @@ class ELR(_LossBaseline):
     Args:
         beta: decay of the moving average of predictions, in [0, 1); default 0.7.
         lam: weight of the regulariser, at least 0; default 3, the paper's for CIFAR-10 (7 for CIFAR-100).
+        num_classes: C; where given, the averages are made, and refused if they do not fit, before training.
         **options: those of :class:`MethodCallback`. The N x C averages are a float32 table like any other.
     """
 
-    def __init__(self, beta: float = 0.7, lam: float = 3.0, **options: Any) -> None:
+    def __init__(self, beta: float = 0.7, lam: float = 3.0, num_classes: int | None = None, **options: Any) -> None:
         super().__init__(**options)
         if not 0 <= beta < 1:
             raise ValueError(f"beta must be in [0, 1), got {beta}")
@@ -149,8 +153,9 @@ class ELR(_LossBaseline):
             raise ValueError(f"lam must be at least 0, got {lam}")
         self.beta = beta
         self.lam = lam
+        self.num_classes = num_classes
         self._averages: ParameterTable | None = None
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def after(self, call: LossCall) -> None:
         """Cross-entropy + lam log(1 - <p, t>), with t brought up to date."""
@@ -163,8 +168,11 @@ class ELR(_LossBaseline):
         index = call.index.to(averages.values.device)
         probabilities = clamped_probabilities(call.input)
         target = elr_target(averages.values[index].to(call.input.device), probabilities, self.beta)
-        self._seen.append((index, probabilities.detach().float()))
-        call.losses = call.elementwise() + self.lam * elr_regularizer(probabilities, target) * (weight > 0)
+        losses = call.elementwise() + self.lam * elr_regularizer(probabilities, target) * (weight > 0)
+        seen = (index, probabilities.detach().float(), call.valid)
+        if losses.requires_grad:  # a loss that is thrown away leaves no trace
+            losses.register_hook(lambda gradient: self._seen.append(seen))
+        call.losses = losses
 
     def _table(self, call: LossCall) -> ParameterTable:
         if self._averages is None or self._averages.num_rows != self.num_rows_built:
@@ -190,14 +198,19 @@ class ELR(_LossBaseline):
         if self._averages is None or not (seen or trainer.world_size > 1):
             return
         values = self._averages.values
-        nothing = (torch.zeros(0, dtype=torch.int64, device=values.device), values.new_zeros((0, values.shape[1])))
-        index = torch.cat([rows for rows, _ in seen or [nothing]])
-        probabilities = torch.cat([p for _, p in seen or [nothing]]).to(values.device)
+        rows = torch.zeros(0, dtype=torch.int64, device=values.device)
+        seen = seen or [(rows, values.new_zeros((0, values.shape[1])), rows.bool())]
+        index, probabilities, valid = (torch.cat(column).to(values.device) for column in zip(*seen, strict=True))
+        valid = valid & torch.isfinite(probabilities).all(1)
         if trainer.world_size > 1:
-            index, probabilities = all_gather_rows(index, probabilities, device=trainer.strategy.root_device)
+            device = trainer.strategy.root_device
+            index, probabilities, valid = all_gather_rows(index, probabilities, valid, device=device)
         segment = segments(index)
-        count = segment_sum(segment, torch.ones_like(probabilities[:, :1]))
-        values[index] = elr_target(values[index], segment_sum(segment, probabilities) / count, self.beta)
+        count = segment_sum(segment, valid[:, None].to(probabilities.dtype))
+        total = segment_sum(segment, torch.where(valid[:, None], probabilities, torch.zeros_like(probabilities)))
+        mean = torch.where(count > 0, total / count, torch.ones_like(total))  # of no use where nothing was valid
+        before = values[index]
+        values[index] = torch.where(count > 0, elr_target(before, mean, self.beta), before)
 
     def resize(self, num_rows: int) -> None:
         """Grow the averages with the ids."""
@@ -221,5 +234,8 @@ class ELR(_LossBaseline):
         """Follow the trainer's device; forget what a step that failed has left."""
         super().prepare(num_rows, trainer)
         self._seen.clear()
+        if self._averages is None and self.num_classes is not None:
+            self._averages = self._make(num_rows, self.num_classes, trainer.strategy.root_device)
+            rank_zero_info(f"ELR: averages of {num_rows:,} x {self.num_classes}, {self._averages.nbytes / 1e6:.2f} MB")
         if self._averages is not None:
             self._averages.to(trainer.strategy.root_device)

@@ -136,6 +136,8 @@ class DataParameters(MethodCallback):
         self.level: Level = level
         self.settings = settings
         low, high = (float(b) for b in settings["bounds"])
+        if not low < high:
+            raise ValueError(f"bounds must be (low, high) with low < high, got ({low:g}, {high:g})")
         for name in ("init", "class_init"):
             if not settings[name] > 0:
                 raise ValueError(f"{name} is a temperature and must be positive, got {settings[name]}")
@@ -277,6 +279,12 @@ class _Temperature:
             return None
         if kind == "bce":
             columns = math.prod(target.shape[1:])
+            needed = 2 if columns == 1 and self.method.level != "instance" else columns
+            if self.method.num_classes is not None and needed > self.method.num_classes:
+                raise ValueError(
+                    f"{call.criterion.name} asks {columns} question(s) a sample, which needs num_classes={needed}, not "
+                    f"{self.method.num_classes}"
+                )
             if columns == 1:  # one yes-or-no question a sample: its two answers are the classes
                 return (target > 0.5).long()
             return torch.arange(columns, device=target.device).expand(len(target), -1)  # a question a column

@@ -24,13 +24,15 @@ def log_histogram(trainer: L.Trainer, name: str, values: Tensor) -> None:
     """Send a histogram to the loggers that have them (TensorBoard, W&B)."""
     if not trainer.is_global_zero:
         return
+    values = values.detach().flatten()
+    values = values[:: max(1, values.numel() // CHUNK)].float().cpu()
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_histogram(name, values.detach().float().cpu(), trainer.global_step)
+            logger.experiment.add_histogram(name, values, trainer.global_step)
         elif isinstance(logger, WandbLogger):
             import wandb  # an optional dependency, there when its logger is
 
-            histogram = wandb.Histogram(np_histogram=np.histogram(values.detach().float().cpu().numpy(), bins=64))
+            histogram = wandb.Histogram(np_histogram=np.histogram(values.numpy(), bins=64))
             logger.experiment.log({f"{name}_histogram": histogram, "trainer/global_step": trainer.global_step})
 
 

@@ -6,6 +6,7 @@ The first callback to join installs it, the last to leave undoes it, after succe
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -105,12 +106,17 @@ class Session:
         self._handles: list[Any] = []
         self._module_calls: list[LossCall] = []
         self._seen: list[tuple[Tensor, Observation]] = []
+        self._inspected: list[Tensor] = []
+        self._repeated: list[Observation] = []
+        self._warned_repeated = False
         self._functions: set[Callable[..., Any]] | None = None
         self._used_functions: set[str] = set()
         self._calls = 0
         self._ever_called = False
         self._prepared = False
         self._criterion_name = ""
+        self._criterion: nn.Module | None = None
+        self._unknown: list[str] = []
 
     # -- members ---------------------------------------------------------------------------------------------------
 
@@ -196,6 +202,7 @@ class Session:
         if self._prepared:
             return
         self._prepared = True
+        self._check_same_subset()
         device = trainer.strategy.root_device
         capacity = 1024 if num_rows is None else num_rows
         if self.tracker.growing:  # the tables were grown ahead of the ids
@@ -207,6 +214,16 @@ class Session:
         for member in self.members:
             member.dynamics = self.dynamics
             member.row_ids, member.base_positions = self.tracker.row_ids, self.tracker.base
+
+    def _check_same_subset(self) -> None:
+        for member in self.members:
+            before, now = member.base_positions, self.tracker.base
+            if member.num_rows_built is not None and before is not None and list(before) != now:
+                raise ValueError(
+                    f"{type(member).__name__} holds rows for another subset of the data set, from a checkpoint or an "
+                    "earlier fit: the rows would meet other samples. Draw the same subset (seed random_split), or "
+                    "start anew with a new callback and without the checkpoint"
+                )
 
     # -- finding the loss ------------------------------------------------------------------------------------------
 
@@ -227,7 +244,7 @@ class Session:
                 type(wanted).__name__,
             )
             criterion = Criterion.of_module(wanted, name)
-            self._criterion_name = name
+            self._criterion_name, self._criterion = name, wanted
             before, after = _make_hooks(self, criterion)
             self._handles.append(wanted.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(wanted.register_forward_hook(after, with_kwargs=True))
@@ -248,6 +265,8 @@ class Session:
             if not isinstance(child, tuple(k for k, v in MODULE_KINDS.items() if v in REGRESSION_KINDS))
         }
         candidates = classifying or found
+        losses = {name: type(child).__name__ for name, child in module.named_modules() if name and name not in found}
+        self._unknown = [f"self.{name} is a {kind}" for name, kind in losses.items() if kind.endswith("Loss")]
         if len(candidates) > 1:
             names = ", ".join(f"self.{name} ({type(child).__name__})" for name, child in candidates.items())
             raise ValueError(
@@ -263,6 +282,11 @@ class Session:
         self.guard.poll()
         self._grow()
         self._module_calls.clear()
+        self._inspected.clear()
+        self._repeated.clear()
+        for member in self.members:
+            for table in member.tables.values():
+                table.pending = table.visited()  # what an earlier step gathered and never used
         self._calls = 0
         self.active = True
         try:
@@ -336,11 +360,15 @@ class Session:
             if self._criterion_name
             else "no loss was found"
         )
+        silent = self._criterion is not None and not self._criterion.training
+        what += " in training mode (it is in eval mode)" if silent else ""
         inline = (
             " If the loss is computed inline, pass criterion=torch.nn.functional.cross_entropy."
             if self._criterion_name
             else ""
         )
+        if self._unknown:
+            what += f" ({', '.join(self._unknown)}: not one that is known; if it takes logits, name it with criterion=)"
         raise RuntimeError(f"{what}, so no row would ever learn.{inline} {WAYS_IN}")
 
     def _grow(self) -> None:
@@ -355,10 +383,25 @@ class Session:
     # -- training dynamics -----------------------------------------------------------------------------------------
 
     def _record(self, index: Tensor, seen: Observation) -> None:
-        self._seen.append((index, seen))
+        if not any(seen is other for other in self._repeated):
+            self._seen.append((index, seen))
 
     def _inspect(self, index: Tensor, seen: Observation) -> None:
+        if any(index is other for other in self._inspected):
+            self._repeated.append(seen)
+            self._warn_repeated()
+        self._inspected.append(index)
         self.guard.submit(index, ~torch.isfinite(seen.loss) & seen.valid)
+
+    def _warn_repeated(self) -> None:
+        if not self._warned_repeated:
+            self._warned_repeated = True
+            warnings.warn(
+                "the loss is computed several times a step for the same samples. Rows learn from all of it; the table "
+                "keeps the first as the sample's visit. Where labels or samples were mixed or reordered (mixup), say "
+                "whose loss it is: callback.loss(logits, target, index=...)",
+                stacklevel=2,
+            )
 
     def flush(self, trainer: L.Trainer) -> None:
         """After a batch: add what was seen, on every process the same. Only the first member's call does it."""

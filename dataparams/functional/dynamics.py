@@ -59,6 +59,8 @@ def classification(logits: Tensor, target: Tensor, ignore_index: int = -100) -> 
     logits = logits.movedim(1, -1).flatten(1, -2) if not single else logits[:, None]  # (B, E, C)
     target = _elements(target)
     valid = target != ignore_index
+    if target.device.type == "cpu" and target.numel() and int(target.max()) >= logits.shape[-1]:
+        raise IndexError(f"label {int(target.max())} is out of bounds for {logits.shape[-1]} logits")
     safe = target.where(valid, torch.zeros_like(target))[..., None]
     log_prob = F.log_softmax(logits, -1).gather(-1, safe).squeeze(-1)
     others = logits.scatter(-1, safe, float("-inf")).amax(-1)

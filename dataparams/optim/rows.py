@@ -113,7 +113,8 @@ class RowOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for table, state, group in zip(self.tables, self.row_state, self._groups, strict=True):
             visits = table.visited()
-            table.pending.clear()
+            if visits:  # rows still on their way to a loss are dropped with them, but outlast another optimizer's step
+                table.pending.clear()
             if visits or self.gather is not None:
                 self._step_table(table, state, group, visits)
         return loss

@@ -87,7 +87,7 @@ def calibrated_scores(
     test_logits: torch.Tensor,
     test_labels: torch.Tensor,
 ) -> dict[str, float]:
-    """Likelihood and calibration error on test data, before and after calibration.
+    """Likelihood and calibration error on test data, before and after calibration; NaN where training has diverged.
 
     The temperature is fitted on validation data. Where the validation labels are noisy it answers
     to them, and is higher than clean labels would make it.
@@ -102,6 +102,9 @@ def calibrated_scores(
         `test_nll` (nats a sample), `test_ece` (in [0, 1], 15 bins), the same two with the suffix
         `_calibrated`, and `calibration_temperature`.
     """
+    if not bool(torch.isfinite(val_logits).all() and torch.isfinite(test_logits).all()):
+        names = ("test_nll", "test_ece", "test_nll_calibrated", "test_ece_calibrated", "calibration_temperature")
+        return dict.fromkeys(names, float("nan"))
     temperature = fit_temperature(val_logits, val_labels)
     nll, ece = _nll_and_ece(test_logits.double(), test_labels)
     nll_calibrated, ece_calibrated = _nll_and_ece(test_logits.double() / temperature, test_labels)

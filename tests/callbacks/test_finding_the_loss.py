@@ -324,6 +324,7 @@ def test_a_detached_inline_call_is_the_users_own():
     assert_same(run(step)[:2], run(inline)[:2])
 
 
+@pytest.mark.filterwarnings("ignore:the loss is computed several times a step")
 def test_two_views_of_the_batch_add_up():
     def views(model: Any, batch: Any) -> Tensor:
         logits = model.logits(batch[0])

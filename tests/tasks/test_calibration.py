@@ -1,5 +1,7 @@
 """Calibration: a known temperature is found again, and scores agree with their definitions."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,10 @@ def test_evaluate_keeps_order_and_mode():
     assert torch.equal(seen, labels)
     assert not logits.requires_grad
     assert torch.allclose(logits, model(images), atol=1e-6)
+
+
+def test_a_diverged_model_has_no_scores_and_raises_nothing():
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    scores = calibrated_scores(logits * float("nan"), labels, logits, labels)
+    assert set(scores) == set(calibrated_scores(logits, labels, logits, labels))
+    assert all(math.isnan(value) for value in scores.values())
