@@ -51,6 +51,9 @@ def classification(logits: Tensor, target: Tensor, ignore_index: int = -100) -> 
         target: class indices ``(B,)`` or ``(B, d1, ...)``, or probabilities shaped like ``logits`` (their mode is the
             label).
         ignore_index: target value of elements that do not count.
+
+    Raises:
+        IndexError: a label without a logit (looked for on the CPU only).
     """
     if target.is_floating_point():
         target = target.argmax(1)
@@ -59,9 +62,9 @@ def classification(logits: Tensor, target: Tensor, ignore_index: int = -100) -> 
     logits = logits.movedim(1, -1).flatten(1, -2) if not single else logits[:, None]  # (B, E, C)
     target = _elements(target)
     valid = target != ignore_index
-    if target.device.type == "cpu" and target.numel() and int(target.max()) >= logits.shape[-1]:
-        raise IndexError(f"label {int(target.max())} is out of bounds for {logits.shape[-1]} logits")
     safe = target.where(valid, torch.zeros_like(target))[..., None]
+    if safe.device.type == "cpu" and safe.numel() and int(safe.max()) >= logits.shape[-1]:
+        raise IndexError(f"label {int(safe.max())} is out of bounds for {logits.shape[-1]} logits")
     log_prob = F.log_softmax(logits, -1).gather(-1, safe).squeeze(-1)
     others = logits.scatter(-1, safe, float("-inf")).amax(-1)
     margin = logits.gather(-1, safe).squeeze(-1) - others
