@@ -33,23 +33,26 @@ class DynamicsTable:
     def __init__(self, num_rows: int, device: torch.device | str = "cpu") -> None:
         self.num_rows = num_rows
         require_room(num_rows * BYTES_PER_ROW, f"training dynamics of {num_rows:,} samples", torch.device(device))
-        # columns: loss, margin, confidence, confidence squared
-        self.sums = torch.zeros((num_rows, 4), device=device)
-        # columns: visits, forgetting events, 2 * (label + 1) + (correct at the last visit), or -1; label -1 is "no
-        # single class"
-        self.counts = torch.zeros((num_rows, 3), dtype=torch.int32, device=device)
-        self.counts[:, 2] = -1
+        # columns: loss, margin, confidence, confidence squared, visits, forgetting events (exact up to 2^24)
+        self.sums = torch.zeros((num_rows, 6), device=device)
+        # 2 * (label + 1) + (correct at the last visit); label -1 is "no single class"; -2 before the first visit
+        self.last = torch.full((num_rows,), -2, dtype=torch.int32, device=device)
+
+    @property
+    def visits(self) -> Tensor:
+        """``(N,)`` times each sample was visited."""
+        return self.sums[:, 4]
 
     def to(self, device: torch.device | str) -> DynamicsTable:
         """Move to a device, in place."""
-        self.sums, self.counts = self.sums.to(device), self.counts.to(device)
+        self.sums, self.last = self.sums.to(device), self.last.to(device)
         return self
 
     def resize(self, num_rows: int) -> DynamicsTable:
         """Grow to ``num_rows`` rows, in place."""
         fresh = DynamicsTable(num_rows, self.sums.device)
-        fresh.sums[: self.num_rows], fresh.counts[: self.num_rows] = self.sums, self.counts
-        self.num_rows, self.sums, self.counts = num_rows, fresh.sums, fresh.counts
+        fresh.sums[: self.num_rows], fresh.last[: self.num_rows] = self.sums, self.last
+        self.num_rows, self.sums, self.last = num_rows, fresh.sums, fresh.last
         return self
 
     def update(self, index: Tensor, seen: Observation) -> None:
@@ -61,28 +64,31 @@ class DynamicsTable:
         """
         valid = seen.valid & torch.isfinite(seen.loss)
         segment = segments(index)
-        values = torch.stack((seen.loss, seen.margin, seen.confidence, seen.confidence.square()), 1)
-        values = torch.where(valid[:, None], values, torch.zeros_like(values)).to(self.sums.dtype)
-        self.sums[index] = self.sums[index] + segment_sum(segment, values)
-
-        wrong = valid & ~seen.correct
-        tally = segment_sum(segment, torch.stack((valid, wrong), 1).to(torch.int32))
-        before = self.counts[index]
-        visited, correct = tally[:, 0] > 0, tally[:, 1] == 0
-        was_correct = (before[:, 2] >= 0) & (before[:, 2] % 2 == 1)
-        forgotten = visited & was_correct & ~correct
-        # a masked duplicate must not overwrite the label that a valid one brought: take the segment's largest
-        label = torch.where(valid, seen.label, torch.full_like(seen.label, -1))
-        label = torch.full_like(label, -1).scatter_reduce_(0, segment, label, "amax")[segment]
-        last = torch.where(visited, 2 * (label + 1) + correct, before[:, 2])
-        self.counts[index] = torch.stack((before[:, 0] + tally[:, 0], before[:, 1] + forgotten, last), 1).to(
-            torch.int32
-        )
+        visited, correct, label = valid, seen.correct, seen.label
+        share = valid  # of duplicates each adds its own visit, one the event of forgetting
+        if segment is not None:
+            count = segment_sum(segment, torch.stack((valid, valid & ~correct), 1).to(torch.int32))
+            visited, correct = count[:, 0] > 0, count[:, 1] == 0
+            # a masked duplicate must not overwrite the label that a valid one brought: take the segment's largest
+            label = torch.where(valid, label, torch.full_like(label, -1))
+            label = torch.full_like(label, -1).scatter_reduce_(0, segment, label, "amax")[segment]
+            share = valid.to(torch.float32) / count[:, 0].clamp(min=1)
+        before = self.last[index]
+        forgotten = (before & 1).bool() & ~correct & share.bool()
+        columns = (seen.loss, seen.margin, seen.confidence, seen.confidence.square(), valid, forgotten * share)
+        values = torch.stack([column.to(self.sums.dtype) for column in columns], 1)
+        values = torch.where(valid[:, None], values, torch.zeros_like(values))
+        if segment is None:
+            self.sums.index_add_(0, index, values)
+        else:
+            self.sums[index] = self.sums[index] + segment_sum(segment, values)
+        self.last[index] = torch.where(visited, (2 * (label + 1) + correct).to(torch.int32), before)
 
     def to_frame(self) -> pd.DataFrame:
         """One line a sample; see the README's table of columns. Samples never visited have NaN."""
-        sums = self.sums.detach().cpu().numpy().astype(np.float64)
-        visits, forgetting, last = self.counts.cpu().numpy().T
+        sums = self.sums.cpu().numpy().astype(np.float64)
+        last = self.last.cpu().numpy()
+        visits, forgetting = sums[:, 4], np.rint(sums[:, 5])  # shares of duplicates add up to 1 but for rounding
         with np.errstate(invalid="ignore", divide="ignore"):
             means = np.where(visits[:, None] > 0, sums / visits[:, None], np.nan)
         variance = np.maximum(means[:, 3] - means[:, 2] ** 2, 0)
@@ -101,10 +107,10 @@ class DynamicsTable:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"sums", "counts"}``, by reference."""
-        return {"sums": self.sums, "counts": self.counts}
+        """``{"sums", "last"}``, by reference."""
+        return {"sums": self.sums, "last": self.last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy the sums in."""
         self.sums.copy_(state["sums"])
-        self.counts.copy_(state["counts"])
+        self.last.copy_(state["last"])

@@ -16,11 +16,14 @@ def test_segments_number_distinct_values_and_sum_over_them(seed):
     index = torch.randint(0, 8, (20,), generator=generator)
     values = torch.randn(20, 3, generator=generator, dtype=torch.float64)
     segment = segments(index)
+    assert segment is not None
     assert torch.equal(segment[:, None] == segment, index[:, None] == index)
     assert set(segment.tolist()) == set(range(len(index.unique())))
     sums = segment_sum(segment, values)
     for i in range(20):
         torch.testing.assert_close(sums[i], values[index == index[i]].sum(0))
+    distinct = torch.randperm(20, generator=generator)
+    assert torch.equal(segment_sum(segments(distinct), values), values)
 
 
 @pytest.mark.parametrize("grad_scale", ["mean", "instance"])

@@ -253,7 +253,7 @@ class MethodCallback(SampleTable, L.Callback):
         """Once an epoch: rows that hardly move and steps that were not taken are bugs that look like success."""
         assert self.dynamics is not None
         for name, table in self.tables.items():
-            visited = None if name in self.shared_tables else self.dynamics.counts[:, 0] > 0
+            visited = None if name in self.shared_tables else self.dynamics.visits > 0
             travel = float(mean_travel(table.values, table.init, visited))
             if travel < MIN_TRAVEL:
                 self._warn_once(

