@@ -1,6 +1,14 @@
 """Learnable parameters for every sample, class and task, trained together with the model."""
 
-from dataparams.callbacks import ELR, GCE, DataParameters, LabelSmoothing, SuperLoss, TrainingDynamics
+from dataparams.callbacks import (
+    ELR,
+    GCE,
+    DataParameters,
+    InstanceLearningRates,
+    LabelSmoothing,
+    SuperLoss,
+    TrainingDynamics,
+)
 from dataparams.optim import DataParameterOptimizer, RowAdam, RowSGD
 from dataparams.tables import ParameterTable
 
@@ -9,6 +17,7 @@ __all__ = [
     "GCE",
     "DataParameterOptimizer",
     "DataParameters",
+    "InstanceLearningRates",
     "LabelSmoothing",
     "ParameterTable",
     "RowAdam",

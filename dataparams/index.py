@@ -17,6 +17,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
@@ -132,6 +133,11 @@ def base_positions(dataset: Any) -> list[int] | None:
     return [below[i] if below else int(i) for i in dataset.indices]
 
 
+def wrapped_sampler(sampler: Any) -> Any:
+    """The user's sampler that Lightning divides among processes, or None."""
+    return sampler.dataset._sampler if isinstance(sampler, DistributedSamplerWrapper) else None
+
+
 @dataclass(frozen=True)
 class _TakenLoader:
     """A training loader: its number, the user's own and what Lightning got, its length, positions below a
@@ -165,6 +171,7 @@ class IndexTracker:
         self.row_ids: RowIds | None = None
         self.base: list[int] | None = None
         self.current: list[Tensor] = []
+        self.without: Callable[[Any], Any] | None = None  # takes held-out samples out of a training loader
         self._serial = 0
         self._loaders: list[_TakenLoader] = []
         self._offsets: dict[int, int] = {}
@@ -205,7 +212,8 @@ class IndexTracker:
 
     # -- loaders ---------------------------------------------------------------------------------------------------
 
-    def _take(self, loader: Any) -> Any:
+    def _take(self, original: Any) -> Any:
+        loader = original if self.without is None else self.without(original)
         dataset = getattr(loader, "dataset", None)
         sized = dataset is not None and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
         wrap = self.index_key is None
@@ -222,7 +230,7 @@ class IndexTracker:
         taken = indexed_loader(loader, self._serial) if wrap else loader
         length = len(dataset) if sized else None  # type: ignore[arg-type]
         base = base_positions(dataset) if wrap else None
-        self._loaders.append(_TakenLoader(self._serial, loader, taken, length, base))
+        self._loaders.append(_TakenLoader(self._serial, original, taken, length, base))
         return taken
 
     def settle(self, trainer: L.Trainer, known: list[Any] | None = None) -> int | None:
@@ -287,6 +295,15 @@ class IndexTracker:
                 f"{len(new)} are new (such as {new[:3]}). Train on the same samples, or start anew"
             )
         return known
+
+    # -- batches of other loaders ----------------------------------------------------------------------------------
+
+    def to_device(self, trainer: L.Trainer, batch: Any) -> Any:
+        """A batch that is not the fit loop's, through the user's transfer hooks as if it were."""
+        precision = trainer.precision_plugin
+        batch = type(precision).convert_input(precision, batch)  # the class's own: nothing to strip here
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
     # -- batches ---------------------------------------------------------------------------------------------------
 

@@ -141,6 +141,12 @@ class LossCall:
         valid: bool ``(B,)``; samples with at least one element that counts.
         losses: per-element losses that replace the criterion's output, or None while it stands.
         log_terms: ``(B,)`` terms added to each instance's loss (the log sigma of a noise scale).
+        extra_losses: per-element losses added to the criterion's output, reduced as it reduces.
+        logits: the input as the user gave it.
+        given: the target as the user gave it.
+        transforms: what turned the logits into ``input``, in order.
+        upstream: d total / d loss, once back-propagation has reached it, without the GradScaler's factor.
+        reached: called once when back-propagation reaches the loss; a loss that is thrown away leaves no trace.
         visits: visits of instance rows made for this call; their gradient is read per instance when asked for.
         unbatched: the user gave one sample without a batch dimension.
         seen: what :meth:`observe` found.
@@ -153,9 +159,36 @@ class LossCall:
     valid: Tensor
     losses: Tensor | None = None
     log_terms: list[Tensor] = field(default_factory=list)
+    extra_losses: list[Tensor] = field(default_factory=list)
+    logits: Tensor = field(init=False)
+    given: Tensor = field(init=False)
+    transforms: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
+    upstream: Tensor | None = None
+    reached: list[Callable[[], None]] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
     unbatched: bool = False
     seen: Observation | None = None
+
+    def __post_init__(self) -> None:
+        self.logits, self.given = self.input, self.target
+
+    def transform(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace ``input`` by ``function(input)``; a look-ahead follows the logits' change through it."""
+        self.input = function(self.input)
+        self.transforms.append(function)
+
+    def weigh(self, weight: Tensor) -> Tensor:
+        """Multiply each instance's losses by ``weight``, ``(B,)``; returns them as they were.
+
+        Weights of 1 leave the criterion's output as it is, bit for bit.
+        """
+        losses = self.elementwise()
+        weight = weight.reshape(weight.shape + (1,) * (losses.dim() - weight.dim())).to(losses.dtype)
+        if self.losses is not None or self.criterion.reduction == "none":
+            self.losses = losses * weight
+        else:
+            self.extra_losses.append(losses * (weight - 1))
+        return losses
 
     def rows(self, table: ParameterTable) -> Tensor:
         """The batch's rows of an instance table, as a leaf ``(B, *row_shape)`` on the logits' device."""
@@ -176,22 +209,46 @@ class LossCall:
         """Reduce per-element losses as the user's criterion does: its mean divides by the class weights it applied."""
         if self.criterion.reduction == "none":
             return losses
-        if (
-            self.criterion.reduction == "sum"
-            or self.target.is_floating_point()
-            or self.criterion.kind not in ("cross_entropy", "nll")
-        ):
-            return losses.sum() if self.criterion.reduction == "sum" else losses.mean()
-        counted = self.target != self.criterion.ignore_index
-        if self.criterion.weight is None:
-            return losses.sum() / counted.sum()
-        weights = self.criterion.weight[self.target.where(counted, torch.zeros_like(self.target))]
-        return losses.sum() / (weights * counted).sum()
+        if self.criterion.reduction == "sum":
+            return losses.sum()
+        if not self.counts_classes:
+            return losses.mean()
+        return losses.sum() / self.divisor()
+
+    @property
+    def counts_classes(self) -> bool:
+        """The criterion's mean is over class indices: ignored ones do not count, class weights do."""
+        return self.criterion.kind in ("cross_entropy", "nll") and not self.given.is_floating_point()
+
+    def divisor(self) -> Tensor:
+        """What the criterion's mean over class indices divides by."""
+        counted = self.given != self.criterion.ignore_index
+        if self.criterion.weight is None or self.target.is_floating_point():  # torch counts soft labels, unweighted
+            return counted.sum()
+        weights = self.criterion.weight[self.given.where(counted, torch.zeros_like(self.given))]
+        return (weights * counted).sum()
+
+    def share(self, elements: int) -> Tensor:
+        """d total / d (sum of a sample's per-element losses), ``(B,)`` or scalar: 1 / B for a mean over B.
+
+        Known once back-propagation has reached the loss.
+
+        Args:
+            elements: number of per-element losses.
+        """
+        assert self.upstream is not None
+        if self.criterion.reduction == "none":
+            return self.upstream.reshape(len(self.upstream), -1).mean(1)
+        if self.criterion.reduction == "sum":
+            return self.upstream
+        return self.upstream / (self.divisor() if self.counts_classes else elements)
 
     def finish(self, output: Tensor) -> Tensor:
         """The value that the user's code receives in place of the criterion's ``output``."""
         if self.losses is not None:
             output = self.reduce(self.losses)
+        for losses in self.extra_losses:
+            output = output + self.reduce(losses)
         for term in self.log_terms:
             output = output + self._reduce_instances(term, output)
         return output.squeeze(0) if self.unbatched and output.dim() else output
@@ -240,7 +297,8 @@ class LossCall:
 
 @runtime_checkable
 class Stage(Protocol):
-    """A method's part in the loss. ``position``: 1 scales logits, 2 replaces targets, 3 replaces per-element losses."""
+    """A method's part in the loss. ``position``: 1 scales logits, 2 replaces targets, 3 replaces per-element losses, 4
+    weighs them."""
 
     position: int
 
@@ -324,10 +382,16 @@ class Objective:
             reached: list[bool] = []
 
             def on_gradient(upstream: Tensor) -> None:
-                call.read_scales(upstream, None if self.loss_scale is None else self.loss_scale())
-                if self.observer is not None and call.seen is not None and not reached:
-                    reached.append(True)  # a retained graph may be walked twice; the visit is one
+                loss_scale = None if self.loss_scale is None else self.loss_scale()
+                call.read_scales(upstream, loss_scale)
+                if reached:  # a retained graph may be walked twice; the visit is one
+                    return
+                reached.append(True)
+                call.upstream = upstream if loss_scale is None else upstream / loss_scale
+                if self.observer is not None and call.seen is not None:
                     self.observer(call.index, call.seen)
+                for note in call.reached:
+                    note()
 
             output.register_hook(on_gradient)
         return output

@@ -13,7 +13,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import psutil
 import torch
@@ -101,6 +101,8 @@ class ParameterTable:
         True
     """
 
+    stored: ClassVar[tuple[str, ...]] = ("values",)  # the attributes that hold a row a row, and their names when saved
+
     def __init__(
         self,
         num_rows: int,
@@ -136,9 +138,13 @@ class ParameterTable:
         self.path = None if path is None else Path(path)
         self.scratch = scratch
         self.pending: list[Visit] = []
-        self.values = self.new_buffer(dtype, fill=self.init, device=device, suffix="")
+        self._allocate(dtype, device)
 
     # -- storage ---------------------------------------------------------------------------------------------------
+
+    def _allocate(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        """Make what ``stored`` names, at its initial value."""
+        self.values = self.new_buffer(dtype, fill=self.init, device=device, suffix="")
 
     def new_buffer(
         self,
@@ -182,13 +188,17 @@ class ParameterTable:
 
     @property
     def nbytes(self) -> int:
-        """Size of the values in bytes."""
-        return self.values.numel() * self.values.element_size()
+        """Size of the rows in bytes."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers().values())
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.stored}
 
     def to(self, device: torch.device | str) -> ParameterTable:
         """Move the values, in place; pinned and memory-mapped tables stay on the host."""
         if self.storage == "device":
-            self.values = self.values.to(device)
+            for name, buffer in self._buffers().items():
+                setattr(self, name, buffer.to(device))
         return self
 
     def resize(self, num_rows: int) -> ParameterTable:
@@ -200,13 +210,16 @@ class ParameterTable:
         if self.storage == "mmap":
             raise ValueError("a memory-mapped table cannot grow: give num_rows= or list all ids with ids=[...]")
         before, self.num_rows = self.num_rows, num_rows
+        old = self._buffers()
         try:
-            grown = self.new_buffer(fill=self.init, suffix="")
+            self._allocate(self.values.dtype, self.values.device)
         except MemoryError:
             self.num_rows = before
+            for name, buffer in old.items():
+                setattr(self, name, buffer)
             raise
-        grown[:before] = self.values
-        self.values = grown
+        for name, buffer in old.items():
+            getattr(self, name)[:before] = buffer
         return self
 
     # -- rows ------------------------------------------------------------------------------------------------------
@@ -240,12 +253,28 @@ class ParameterTable:
                     f"row {low if low < 0 else high} is out of range for a table of {self.num_rows} rows "
                     f"(0 to {self.num_rows - 1}); does num_rows match the data set?"
                 )
-        dtype = torch.promote_types(self.values.dtype, torch.float32)
-        leaf = _send(self.values[here].to(dtype), torch.device(device or index.device))
+        leaf = _send(self.read(here), torch.device(device or index.device))
         if torch.is_grad_enabled():
             leaf.requires_grad_()
             self.pending.append(Visit(here, leaf, valid))
         return leaf
+
+    def read(self, index: Tensor) -> Tensor:
+        """Copies of rows, ``(V, *row_shape)``, in float32 or better on the table's device.
+
+        Args:
+            index: ``(V,)`` int64 on the table's device, in range.
+        """
+        return self.values[index].to(torch.promote_types(self.values.dtype, torch.float32))
+
+    def write(self, index: Tensor, rows: Tensor) -> None:
+        """Overwrite rows.
+
+        Args:
+            index: ``(V,)`` int64 on the table's device, in range; entries that name one row must bring equal values.
+            rows: ``(V, *row_shape)``, rounded to the storage type.
+        """
+        self.values[index] = rows.to(self.values.dtype)
 
     def visited(self) -> list[Visit]:
         """Visits that back-propagation has reached since the last step."""
@@ -255,24 +284,28 @@ class ParameterTable:
 
     def state_dict(self) -> dict[str, Any]:
         """``{"values": Tensor}``, by reference as in ``nn.Module.state_dict``."""
-        return {"values": self.values}
+        return self._buffers()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy values in.
 
         Raises:
-            ValueError: another number of rows or another row shape.
+            ValueError: another number of rows, another row shape, or a table of another kind.
         """
-        values = state["values"]
-        if values.shape != self.values.shape:
+        if set(state) != set(self.stored):
             raise ValueError(
-                f"the saved table has shape {tuple(values.shape)}, this one {tuple(self.values.shape)}: has the data "
-                "set changed?"
+                f"the saved table has {sorted(state)}, this one {sorted(self.stored)}: one of them is top-k"
             )
-        self.values.copy_(values)
+        for name, buffer in self._buffers().items():
+            if state[name].shape != buffer.shape:
+                raise ValueError(
+                    f"the saved table has shape {tuple(state[name].shape)}, this one {tuple(buffer.shape)}: has the "
+                    "data set changed?"
+                )
+            buffer.copy_(state[name])
 
     def __repr__(self) -> str:
         return (
-            f"ParameterTable({self.num_rows}, row_shape={self.row_shape}, init={self.init:g}, bounds={self.bounds}, "
-            f"storage={self.storage!r}, {self.nbytes / 1e6:.2f} MB on {self.values.device})"
+            f"{type(self).__name__}({self.num_rows}, row_shape={self.row_shape}, init={self.init:g}, "
+            f"bounds={self.bounds}, storage={self.storage!r}, {self.nbytes / 1e6:.2f} MB on {self.values.device})"
         )

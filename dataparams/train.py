@@ -31,8 +31,8 @@ from dataparams.report.compare import compare
 from dataparams.report.files import check_writable, replacing, write_json
 from dataparams.report.monitor import DetectionMonitor, SaveOnInterrupt, StepTimer
 from dataparams.report.plots import write_plots
-from dataparams.report.results import collect_results, load_checkpoint, rows_of_run
-from dataparams.report.rows import DETECTORS, read_rows, suspicion, write_rows
+from dataparams.report.results import collect_results, load_checkpoint, methods_at, rows_of_run, write_matrices
+from dataparams.report.rows import detectors_in, read_rows, suspicions, write_rows
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 CHECKPOINTS = ("best", "last", "best_ema", "interrupted")
@@ -111,11 +111,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         checkpoints = _load_checkpoints(run_dir)
         datamodule.setup("fit")
         datamodule.setup("test")
-        rows = rows_of_run(makers, checkpoints["best"], checkpoints["last"], datamodule)
+        methods = methods_at(makers, checkpoints["last"])
+        rows = rows_of_run(methods_at(makers, checkpoints["best"]), methods, datamodule)
         write_rows(rows, run_dir / "rows.parquet")
+        write_matrices(methods, datamodule, run_dir)
         identity = {name: cfg[name] for name in ("experiment", "method", "seed")}
         identity["max_epochs"] = trainer.max_epochs
-        results = identity | collect_results(checkpoints, rows, module, datamodule, trainer.strategy.root_device)
+        device = trainer.strategy.root_device
+        results = identity | collect_results(checkpoints, rows, methods, module, datamodule, device)
         _write_metrics(run_dir)
         write_json(results, results_path)  # last of the tables: where it exists, the run is complete
         (run_dir / "checkpoints" / "interrupted.ckpt").unlink(missing_ok=True)
@@ -169,8 +172,9 @@ def _saving_when_interrupted(
             raise
         checkpoints = _load_checkpoints(run_dir)
         if now := checkpoints.get("interrupted"):
-            rows = rows_of_run(makers, checkpoints.get("best", now), now, datamodule)
-            write_rows(rows, run_dir / "rows.parquet")
+            best, methods = methods_at(makers, checkpoints.get("best", now)), methods_at(makers, now)
+            write_rows(rows_of_run(best, methods, datamodule), run_dir / "rows.parquet")
+            write_matrices(methods, datamodule, run_dir)
             _write_metrics(run_dir)
         print(
             f"\ninterrupted; what was learned so far is in {run_dir}\n"
@@ -211,7 +215,8 @@ def _remove_outputs(run_dir: Path) -> None:
         "metrics.csv",
         *(f"checkpoints/{name}.ckpt" for name in CHECKPOINTS),
     ]
-    for path in [run_dir / name for name in names] + list(run_dir.glob("logs/version_*/metrics.csv")):
+    patterns = ("logs/version_*/metrics.csv", "*_matrix.csv")
+    for path in [run_dir / name for name in names] + [path for each in patterns for path in run_dir.glob(each)]:
         path.unlink(missing_ok=True)
 
 
@@ -238,9 +243,12 @@ def _headline(results: dict[str, Any]) -> str:
         f"{results['test_accuracy_best']:.3f} at the best noisy-validation epoch ({results['best_epoch'] + 1} of "
         f"{results['epochs']}), {results['test_accuracy_last']:.3f} at the last"
     ]
-    detectors = [name for name in DETECTORS if results.get(f"auroc_{name}_best") is not None]
-    if detectors:
-        found = (f"{name.replace('_', ' ')} {results[f'auroc_{name}_best']:.3f}" for name in detectors)
+    found = [
+        f"{key.removeprefix('auroc_').removesuffix('_best').replace('_', ' ')} {value:.3f}"
+        for key, value in results.items()
+        if key.startswith("auroc_") and key.endswith("_best") and pd.notna(value)
+    ]
+    if found:
         lines.append(f"  AUROC of wrong labels: {', '.join(found)}")
     return "\n".join(lines)
 
@@ -250,24 +258,28 @@ def report(run_dir: Path, by: str, count: int) -> None:
 
     Args:
         run_dir: a run's folder.
-        by: a key of ``DETECTORS``.
+        by: one of the run's detectors, see :func:`dataparams.report.rows.detectors_in`.
         count: how many samples to print.
+
+    Raises:
+        FileNotFoundError: no finished run there.
+        SystemExit: the run has no such detector.
     """
     if not (run_dir / "results.json").exists():
         raise FileNotFoundError(f"{run_dir} is not a finished run (no results.json); for a sweep: dataparams compare")
-    paths = write_plots(run_dir)
     rows = read_rows(run_dir / "rows.parquet")
-    scores = suspicion(rows, by, "_last")
-    if scores is None:
-        raise SystemExit(f"dataparams: this run has no {by}: choose another with --by")
-    worst = rows.loc[scores.sort_values(ascending=False).index[:count]]
+    scores = suspicions(rows, "_last")
+    if by not in scores:
+        raise SystemExit(f"dataparams: this run has no {by}: choose --by one of {', '.join(scores)}")
+    paths = write_plots(run_dir)
+    worst = rows.loc[scores[by].sort_values(ascending=False).index[:count]]
     shown = [
         "index",
         "id",
         "given_label",
         "true_label",
         "is_corrupt",
-        *(f"{c}_last" for c, _ in DETECTORS.values()),
+        *(f"{column}_last" for column, _ in detectors_in(rows).values()),
     ]
     print(f"most suspicious by {by.replace('_', ' ')} at the last epoch:")
     print(worst[[name for name in shown if name in worst]].to_string(index=False, float_format="%.3f"))
@@ -295,9 +307,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("folder", type=Path, metavar="RUN")
         parser.add_argument(
             "--by",
-            choices=sorted(DETECTORS),
             default="mean_loss",
-            help="the ranking (default: %(default)s)",
+            metavar="DETECTOR",
+            help="the ranking: mean_loss, margin or one that the method adds (default: %(default)s)",
         )
         parser.add_argument("-k", type=int, default=20, help="how many samples (default: %(default)s)")
     else:

@@ -21,7 +21,8 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from sklearn.metrics import roc_auc_score
 
-from dataparams.report.rows import DETECTORS, read_rows
+from dataparams import DataParameters
+from dataparams.report.rows import detectors_in, read_rows
 from dataparams.tasks import Classifier, DigitsData
 from dataparams.train import AtomicCheckpointIO, list_choices, main, run
 
@@ -183,7 +184,8 @@ def test_rows_hold_every_sample_with_the_truth_of_the_data(finished):
 def test_areas_and_gap_follow_from_the_rows(finished):
     folder, results = finished
     rows = read_rows(folder / "rows.parquet")
-    for detector, (column, sign) in DETECTORS.items():
+    assert detectors_in(rows).keys() == {"log_temperature", "mean_loss", "margin"}
+    for detector, (column, sign) in detectors_in(rows).items():
         for when, suffix in (("best", ""), ("last", "_last")):
             expected = roc_auc_score(rows["is_corrupt"], sign * rows[column + suffix])
             assert results[f"auroc_{detector}_{when}"] == pytest.approx(expected, abs=1e-6)
@@ -191,6 +193,62 @@ def test_areas_and_gap_follow_from_the_rows(finished):
     assert results["log_temperature_gap_last"] == pytest.approx(last[corrupt].mean() - last[~corrupt].mean())
     metrics = pd.read_csv(folder / "metrics.csv")
     assert metrics["auroc_mean_loss"].dropna().iloc[-1] == pytest.approx(results["auroc_mean_loss_last"], abs=1e-5)
+
+
+class Counting(DataParameters):
+    """A method with a detector, numbers and a matrix of its own, of which the report knows nothing."""
+
+    detectors = DataParameters.detectors | {"evenness": ("oddness", -1.0)}
+
+    def columns(self, frame):
+        return super().columns(frame) | {"oddness": frame["index"].to_numpy() % 2}
+
+    def summary(self, rows):
+        return super().summary(rows) | {"odd_last": float(rows["oddness_last"].sum())}
+
+    def matrices(self):
+        frame = self.to_frame()
+        counts = frame.pivot_table(index="given_label", columns="forgetting_events", values="index", aggfunc="size")
+        return {"forgetting_matrix": counts.reindex(columns=range(10), fill_value=0).rename_axis(columns="times")}
+
+
+def test_a_method_brings_its_own_detector_numbers_and_matrix(tmp_path, monkeypatch, capsys):
+    target = f"callbacks.data_parameters._target_={__name__}.{Counting.__name__}"
+    results = short_run(tmp_path, target, "plots=true")
+    rows = read_rows(tmp_path / "rows.parquet")
+    expected = roc_auc_score(rows["is_corrupt"], -rows["oddness_last"])
+    assert results["auroc_evenness_last"] == pytest.approx(expected, abs=1e-6)
+    assert results["odd_last"] == len(rows) // 2
+    assert "log_temperature_gap_last" in results
+    assert {"oddness.png", "oddness_histogram.png", "forgetting_matrix.png"} <= files_in(tmp_path)
+    matrix = pd.read_csv(tmp_path / "forgetting_matrix.csv", index_col=0)
+    assert matrix.index.name == "given_label \\ times"
+    assert matrix.index.tolist() == list(range(10))
+    never = rows["given_label"].to_numpy(dtype=int)[rows["forgetting_events_last"].to_numpy() == 0]
+    assert matrix["0"].tolist() == np.bincount(never).tolist()
+
+    monkeypatch.setattr(sys, "argv", ["dataparams", "report", str(tmp_path), "--by", "evenness", "-k", "3"])
+    main()
+    printed = capsys.readouterr().out
+    assert "most suspicious by evenness" in printed
+    assert "oddness_last" in printed
+    monkeypatch.setattr(sys, "argv", ["dataparams", "report", str(tmp_path), "--by", "luck"])
+    with pytest.raises(SystemExit, match="this run has no luck: choose --by one of log_temperature, evenness"):
+        main()
+    short_run(tmp_path, "trainer.max_epochs=1")
+    assert "forgetting_matrix.csv" not in files_in(tmp_path)
+
+
+def test_the_meta_set_is_held_out_of_a_run(tmp_path):
+    results = short_run(tmp_path, "experiment=digits_meta", "method=none")
+    assert (results["meta_size"], results["train_size"], results["num_samples"]) == (117, 1050, 1050)
+    assert (results["meta_use"], results["meta_clean"]) == ("hold_out", True)
+    rows = read_rows(tmp_path / "rows.parquet")
+    data = DigitsData(batch_size=32, noise="symmetric", noise_rate=0.4, meta_fraction=0.1, meta_clean=True, seed=0)
+    data.setup("fit")
+    assert rows["id"].tolist() == data.ids
+    np.testing.assert_array_equal(rows["given_label"], data.given_labels)
+    np.testing.assert_array_equal(rows["is_corrupt"], data.is_corrupt)
 
 
 def test_logged_validation_equals_the_evaluation_from_checkpoints(finished):

@@ -3,12 +3,14 @@
 from dataparams.callbacks.base import MethodCallback
 from dataparams.callbacks.baselines import ELR, GCE, LabelSmoothing, SuperLoss
 from dataparams.callbacks.data_parameters import DataParameters
+from dataparams.callbacks.instance_learning_rates import InstanceLearningRates
 from dataparams.callbacks.training_dynamics import TrainingDynamics
 
 __all__ = [
     "ELR",
     "GCE",
     "DataParameters",
+    "InstanceLearningRates",
     "LabelSmoothing",
     "MethodCallback",
     "SuperLoss",

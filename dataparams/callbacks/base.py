@@ -85,6 +85,13 @@ class MethodCallback(SampleTable, L.Callback):
         """The method's parts in the loss."""
         return []
 
+    def begin_step(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
+        """Called before each training step of the user's, with the batch on the device."""
+
+    def replace_batch(self, trainer: L.Trainer, batch: Any) -> Any:
+        """Another batch to train on in this step, without rows or training dynamics; None: train as usual."""
+        return None
+
     # -- life cycle, in Lightning's order ---------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -30,7 +30,7 @@ Source: Saxena, Tuzel, DeCoste, "Data Parameters", NeurIPS 2019; equations in :m
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import numpy as np
@@ -154,6 +154,10 @@ class DataParameters(MethodCallback):
         self.tables, self.optimizers = {}, []
 
     shared_tables = frozenset({"class_log_temperature"})
+    detectors: ClassVar[dict[str, tuple[str, float]]] = {
+        "log_temperature": ("log_temperature", 1.0),
+        **MethodCallback.detectors,
+    }
 
     @property
     def state_key(self) -> str:
@@ -225,9 +229,15 @@ class DataParameters(MethodCallback):
             "log_temperature_class": of_class,
         }
 
-    def scores(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
-        """``log_temperature`` beside the shared detectors."""
-        return {"log_temperature": frame["log_temperature"].to_numpy(), **super().scores(frame)}
+    def summary(self, rows: pd.DataFrame) -> dict[str, float]:
+        """``log_temperature_gap_last``: how much higher the mean log temperature of corrupt samples is than that of
+        clean ones; empty where the truth does not tell the two apart.
+        """
+        corrupt = rows["is_corrupt"].to_numpy(dtype=bool) if "is_corrupt" in rows else np.zeros(0, dtype=bool)
+        if corrupt.all() or not corrupt.any():
+            return {}
+        last = rows["log_temperature_last"]
+        return {"log_temperature_gap_last": float(last[corrupt].mean() - last[~corrupt].mean())}
 
 
 class _Temperature:
@@ -259,9 +269,9 @@ class _Temperature:
             call.input, call.target = (call.input / scale).to(call.input.dtype), (call.target / scale).to(dtype)
             call.log_terms.append(REGRESSION_LOG_COEFFICIENT[kind] * sigma.log())
         elif kind == "nll":
-            call.input = scale_log_probs(call.input, sigma)
+            call.transform(lambda log_probs: scale_log_probs(log_probs, sigma))
         else:
-            call.input = scale_logits(call.input, sigma)
+            call.transform(lambda logits: scale_logits(logits, sigma))
 
     def after(self, call: LossCall) -> None:
         pass

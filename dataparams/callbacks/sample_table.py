@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,14 @@ class SampleTable:
         row_ids: the user's ids during and after a fit.
         known_ids: the user's ids from a checkpoint, in row order.
         base_positions: for a ``Subset``, positions in the data set below it.
+        detectors: detectors of wrong labels by name: the column of :meth:`to_frame` that each one reads, and the sign
+            that makes higher mean more suspicious. A method adds those of its own columns.
     """
+
+    detectors: ClassVar[dict[str, tuple[str, float]]] = {
+        "mean_loss": ("mean_loss", 1.0),
+        "margin": ("mean_margin", -1.0),
+    }
 
     dynamics: DynamicsTable | None = None
     row_ids: RowIds | None = None
@@ -34,11 +41,27 @@ class SampleTable:
         return {}
 
     def scores(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
-        """Detectors of wrong labels, higher is more suspicious."""
+        """Detectors of wrong labels, higher is more suspicious: those of ``detectors`` whose column is there."""
         return {
-            "mean_loss": frame["mean_loss"].to_numpy(),
-            "margin": -frame["mean_margin"].to_numpy(),
+            name: sign * frame[column].to_numpy() for name, (column, sign) in self.detectors.items() if column in frame
         }
+
+    def summary(self, rows: pd.DataFrame) -> dict[str, float]:
+        """The method's own numbers of a run, for ``results.json``.
+
+        Args:
+            rows: the run's table (``rows.parquet``): columns of :meth:`to_frame` at the best epoch and, suffixed
+                ``_last``, at the last one; ``true_label`` and ``is_corrupt`` where the truth is known.
+        """
+        return {}
+
+    def matrices(self) -> dict[str, pd.DataFrame]:
+        """What was learned about pairs of classes: ``(K, K)`` each, by a name that ends in ``_matrix``.
+
+        A run writes each as ``<name>.csv`` and draws it. Rows and columns are classes in order; the names of the
+        frame's two axes become those of the picture.
+        """
+        return {}
 
     @property
     def names(self) -> list[Any] | None:

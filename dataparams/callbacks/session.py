@@ -10,86 +10,25 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from dataparams.callbacks.guard import NonFiniteGuard
+from dataparams.callbacks.hooks import WAYS_IN, LossMode, eagerly, find_criterion, is_compiled, make_hooks
 from dataparams.distributed import all_gather_rows
 from dataparams.dynamics import DynamicsTable
 from dataparams.functional.dynamics import Observation
 from dataparams.index import IndexTracker
-from dataparams.objective import (
-    FUNCTION_KINDS,
-    MODULE_KINDS,
-    REGRESSION_KINDS,
-    Criterion,
-    LossCall,
-    Objective,
-    samples_in,
-)
+from dataparams.objective import FUNCTION_KINDS, Criterion, LossCall, Objective, samples_in
 
 if TYPE_CHECKING:
     from dataparams.callbacks.base import MethodCallback
+    from dataparams.callbacks.lookahead import LookAhead
 
-WAYS_IN = (
-    "There are three ways in: (1) give the module a loss module (self.criterion = nn.CrossEntropyLoss()) or name it "
-    "with "
-    'criterion="attribute"; (2) call F.cross_entropy, F.nll_loss or another of torch\'s losses inside training_step; '
-    "(3) compute the loss with callback.loss(logits, target, index=...)."
-)
 _SESSIONS: weakref.WeakKeyDictionary[L.Trainer, Session] = weakref.WeakKeyDictionary()
-
-
-class _LossMode(TorchFunctionMode):
-    """Sends calls of torch's loss functions inside ``training_step`` through the objective."""
-
-    def __init__(self, session: Session) -> None:
-        super().__init__()
-        self.session = session
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in FUNCTION_KINDS and self.session.takes(func):
-            return self.session.function_call(func, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _make_hooks(session: Session, criterion: Criterion) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    # Plain functions over a weak reference: a bound method would be deep-copied with the module (weight averaging does
-    # that).
-    ref = weakref.ref(session)
-
-    @torch.compiler.disable
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        session = ref()
-        if session is None or not (session.listening and module.training):
-            return None
-        return session.begin_module_call(criterion, args, kwargs)
-
-    @torch.compiler.disable
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        session = ref()
-        if session is None or not (session.listening and module.training):
-            return None
-        return session.end_module_call(output)
-
-    return before, after
-
-
-def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
-
-
-_eagerly: Callable[..., Any] = torch.compiler.disable(_call)  # dynamo has no business in the objective
-
-
-def _is_compiled(module: L.LightningModule) -> bool:
-    children = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in module.modules())
-    return children or getattr(module, "_compiler_ctx", None) is not None
 
 
 class Session:
@@ -101,6 +40,7 @@ class Session:
         self.tracker = IndexTracker()
         self.dynamics: DynamicsTable | None = None
         self.guard = NonFiniteGuard()
+        self.lookahead: LookAhead | None = None
         self.active = False
         self._trainer = weakref.ref(trainer)
         self._handles: list[Any] = []
@@ -155,6 +95,9 @@ class Session:
             self._handles.pop().remove()
         vars(trainer.strategy).pop("training_step", None)
         self.tracker.uninstall(trainer)
+        if self.lookahead is not None:
+            self.lookahead.close()
+            self.lookahead = None
         self.active = False
         self.guard.drain()
         _SESSIONS.pop(trainer, None)
@@ -178,7 +121,7 @@ class Session:
             self.objective.loss_scale = lambda: scaler.scale(torch.ones((), device=trainer.strategy.root_device))
         self._find_criterion(module)
 
-        if _is_compiled(module):
+        if is_compiled(module):
             torch.compiler.reset()  # graphs compiled before the hooks came would go on without them
 
         original = trainer.strategy.training_step
@@ -186,6 +129,11 @@ class Session:
         def training_step(*args: Any, **kwargs: Any) -> Any:
             if not self._prepared:  # a trial step of a learning-rate or batch-size finder: plain training
                 return original(*args, **kwargs)
+            for member in self.members:
+                if (other := member.replace_batch(trainer, args[0])) is not None:
+                    return original(other, *args[1:], **kwargs)  # other samples than the rows'
+            for member in self.members:
+                member.begin_step(trainer, module, args[0])
             with self._listen():
                 output = original(*args, **kwargs)
             skipped = output is None and module.automatic_optimization
@@ -225,19 +173,8 @@ class Session:
                     "start anew with a new callback and without the checkpoint"
                 )
 
-    # -- finding the loss ------------------------------------------------------------------------------------------
-
     def _find_criterion(self, module: L.LightningModule) -> None:
-        wanted = self._agreed(self.members, "criterion")
-        if isinstance(wanted, str):
-            try:
-                wanted = attrgetter(wanted)(module)
-            except AttributeError:
-                raise ValueError(
-                    f"criterion={wanted!r}: {type(module).__name__} has no such attribute. {WAYS_IN}"
-                ) from None
-        if wanted is None:
-            wanted = self._search(module)
+        wanted, self._unknown = find_criterion(module, self._agreed(self.members, "criterion"))
         if isinstance(wanted, nn.Module):
             name = next(
                 (f"self.{name}" for name, child in module.named_modules() if child is wanted),
@@ -245,35 +182,11 @@ class Session:
             )
             criterion = Criterion.of_module(wanted, name)
             self._criterion_name, self._criterion = name, wanted
-            before, after = _make_hooks(self, criterion)
+            before, after = make_hooks(self, criterion)
             self._handles.append(wanted.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(wanted.register_forward_hook(after, with_kwargs=True))
-        elif wanted is None:
-            self._functions = set(FUNCTION_KINDS)
-        elif wanted in FUNCTION_KINDS:
-            self._functions = {wanted}
         else:
-            raise ValueError(
-                f"criterion={wanted!r} is neither a loss module nor one of torch's loss functions. {WAYS_IN}"
-            )
-
-    def _search(self, module: L.LightningModule) -> nn.Module | None:
-        found = {name: child for name, child in module.named_modules() if isinstance(child, tuple(MODULE_KINDS))}
-        classifying = {
-            name: child
-            for name, child in found.items()
-            if not isinstance(child, tuple(k for k, v in MODULE_KINDS.items() if v in REGRESSION_KINDS))
-        }
-        candidates = classifying or found
-        losses = {name: type(child).__name__ for name, child in module.named_modules() if name and name not in found}
-        self._unknown = [f"self.{name} is a {kind}" for name, kind in losses.items() if kind.endswith("Loss")]
-        if len(candidates) > 1:
-            names = ", ".join(f"self.{name} ({type(child).__name__})" for name, child in candidates.items())
-            raise ValueError(
-                f"{type(module).__name__} has several loss modules: {names}; name the one that trains with "
-                'criterion="..."'
-            )
-        return next(iter(candidates.values()), None)
+            self._functions = set(FUNCTION_KINDS) if wanted is None else {wanted}
 
     # -- the training step -----------------------------------------------------------------------------------------
 
@@ -290,7 +203,7 @@ class Session:
         self._calls = 0
         self.active = True
         try:
-            with nullcontext() if self._functions is None else _LossMode(self):
+            with nullcontext() if self._functions is None else LossMode(self):
                 yield
         finally:
             self.active = False
@@ -326,7 +239,7 @@ class Session:
         self._calls += 1
         was_active, self.active = self.active, False
         try:
-            return _eagerly(self.objective, function, index, *args, **kwargs)
+            return eagerly(self.objective, function, index, *args, **kwargs)
         finally:
             self.active = was_active
 

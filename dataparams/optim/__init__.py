@@ -1,6 +1,7 @@
 """Row-sparse optimizers, and the wrapper around a model's optimizer."""
 
 from dataparams.optim.rows import Duplicates, Gather, GradScale, RowAdam, RowOptimizer, RowSGD
+from dataparams.optim.scale_free import RowScaleFree
 from dataparams.optim.segments import segment_sum, segments
 from dataparams.optim.wrapper import DataParameterOptimizer
 
@@ -12,6 +13,7 @@ __all__ = [
     "RowAdam",
     "RowOptimizer",
     "RowSGD",
+    "RowScaleFree",
     "segment_sum",
     "segments",
 ]

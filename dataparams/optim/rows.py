@@ -11,7 +11,7 @@ only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def _broadcast(mask: Tensor, like: Tensor) -> Tensor:
 
 
 class RowOptimizer(torch.optim.Optimizer):
-    """What :class:`RowSGD` and :class:`RowAdam` share: collecting visits, combining duplicates, guarding, writing back.
+    """What the row optimizers share: collecting visits, combining duplicates, guarding, writing back.
 
     ``param_groups`` holds one group a table, with the leaves that wait for a step as ``params``: ``GradScaler`` and
     learning-rate schedulers work as on any optimizer.
@@ -42,6 +42,8 @@ class RowOptimizer(torch.optim.Optimizer):
         world_size: number of processes; a ``"mean"`` gradient is divided by it.
         skipped_steps: int64 tensor on the tables' device; steps not taken because a gradient was not finite.
     """
+
+    coupled_decay: ClassVar[bool] = True  # weight decay joins the gradient; else it acts beside the rule's step
 
     def __init__(
         self,
@@ -78,8 +80,16 @@ class RowOptimizer(torch.optim.Optimizer):
     def _new_state(self, table: ParameterTable) -> dict[str, Tensor]:
         raise NotImplementedError(type(self).__name__)
 
-    def _update(self, state: dict[str, Tensor], grad: Tensor, group: dict[str, Any]) -> Tensor:
-        """Advance the visited rows' state in place; return what to subtract from the rows."""
+    def _update(self, state: dict[str, Tensor], grad: Tensor, group: dict[str, Any], share: Tensor) -> Tensor:
+        """Advance the visited rows' state in place; return what to subtract from the rows.
+
+        Args:
+            state: the rows' state, ``(V, ...)`` each.
+            grad: ``(V, *row_shape)``; entries of one row hold the same, their combined gradient.
+            group: hyperparameters.
+            share: ``(V,)`` share of an entry in its row: adds up to 1 over a row's entries, 0 for entries that do not
+                count. A sum over distinct rows is a sum over entries times their share.
+        """
         raise NotImplementedError(type(self).__name__)
 
     # -- torch.optim.Optimizer -------------------------------------------------------------------------------------
@@ -136,8 +146,8 @@ class RowOptimizer(torch.optim.Optimizer):
         grad = segment_sum(segment, torch.where(_broadcast(valid, grad), grad, torch.zeros_like(grad)))
         if self.duplicates == "mean":
             grad = grad / _broadcast(counts.clamp(min=1), grad)
-        rows = table.values[index].to(grad.dtype)
-        if group["weight_decay"]:
+        rows = table.read(index)
+        if group["weight_decay"] and self.coupled_decay:
             times = counts if self.duplicates == "sum" else counts.clamp(max=1)
             grad = grad + group["weight_decay"] * _broadcast(times, grad) * rows
         finite = torch.isfinite(grad).all()
@@ -146,11 +156,14 @@ class RowOptimizer(torch.optim.Optimizer):
 
         visited_state = {name: buffer[index] for name, buffer in state.items()}
         new_state = {name: value.clone() for name, value in visited_state.items()}
-        new_rows = rows - self._update(new_state, grad, group)
+        step = self._update(new_state, grad, group, valid / counts.clamp(min=1))
+        if group["weight_decay"] and not self.coupled_decay:
+            step = step + group["weight_decay"] * (rows - table.init)
+        new_rows = rows - step
         if table.bounds is not None:
             new_rows = new_rows.clamp(*table.bounds)
         # Entries of one segment hold the same result, so it does not matter which of the duplicated writes comes last.
-        table.values[index] = torch.where(write, new_rows, rows).to(table.values.dtype)
+        table.write(index, torch.where(write, new_rows, rows))
         for name, buffer in state.items():
             mask = write if buffer.dim() == grad.dim() else (counts > 0) & finite
             buffer[index] = torch.where(mask, new_state[name], visited_state[name])
@@ -280,7 +293,7 @@ class RowSGD(RowOptimizer):
     def _new_state(self, table: ParameterTable) -> dict[str, Tensor]:
         return {"momentum": table.new_buffer(torch.float32, suffix=".momentum")} if self._has_momentum else {}
 
-    def _update(self, state: dict[str, Tensor], grad: Tensor, group: dict[str, Any]) -> Tensor:
+    def _update(self, state: dict[str, Tensor], grad: Tensor, group: dict[str, Any], share: Tensor) -> Tensor:
         if not self._has_momentum:
             return group["lr"] * grad
         state["momentum"].mul_(group["momentum"]).add_(grad)
@@ -327,7 +340,7 @@ class RowAdam(RowOptimizer):
             "steps": table.new_buffer(torch.float32, suffix=".steps", row_shape=()),
         }
 
-    def _update(self, state: dict[str, Tensor], grad: Tensor, group: dict[str, Any]) -> Tensor:
+    def _update(self, state: dict[str, Tensor], grad: Tensor, group: dict[str, Any], share: Tensor) -> Tensor:
         beta1, beta2 = group["betas"]
         state["steps"].add_(1)
         state["first_moment"].mul_(beta1).add_(grad, alpha=1 - beta1)

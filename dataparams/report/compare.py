@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from dataparams.callbacks.sample_table import SampleTable
 from dataparams.report.files import replacing
 
 BASELINE = "none"
@@ -19,17 +20,15 @@ BASELINE = "none"
 PAIRED_APART = ("callbacks", "method", "run_dir", "seed", "tuned", "resume", "plots", "progress_bar")
 KEYS = ["experiment", "setting", "method"]
 
-# What the printed table shows: the key in results.json, its heading, what it is multiplied by, and decimals.
-SHOWN = [
+# What the printed table shows before and after the detectors: the key in results.json, its heading, what it is
+# multiplied by, and decimals.
+ACCURACIES = [
     ("test_accuracy_best", "test % best", 100.0, 1),
     ("test_accuracy_last", "test % last", 100.0, 1),
     ("test_accuracy_ema_best", "test % best, averaged", 100.0, 1),
     ("test_accuracy_ema_last", "test % last, averaged", 100.0, 1),
-    ("auroc_log_temperature_best", "AUROC log temperature", 1.0, 3),
-    ("auroc_mean_loss_best", "AUROC mean loss", 1.0, 3),
-    ("auroc_margin_best", "AUROC margin", 1.0, 3),
-    ("step_time_ms", "ms a step", 1.0, 2),
 ]
+COSTS = [("step_time_ms", "ms a step", 1.0, 2)]
 PAIRED_SHOWN = {"test_accuracy_best", "test_accuracy_last"}
 
 
@@ -122,7 +121,7 @@ def format_summary(summary: pd.DataFrame, baseline: str = BASELINE) -> str:
     for _, group in summary.groupby(["experiment", "setting"], sort=False):
         experiment, setting = group.iloc[0][["experiment", "setting"]]
         table = pd.DataFrame({"method": group["method"], "seeds": group["seeds"].astype(str)})
-        for key, heading, scale, digits in SHOWN:
+        for key, heading, scale, digits in [*ACCURACIES, *_detectors(summary), *COSTS]:
             if f"{key}_mean" in group and group[f"{key}_mean"].notna().any():
                 table[heading] = [_cell(line, key, scale, digits) for _, line in group.iterrows()]
         heading = f"{experiment}, {setting}" if setting else str(experiment)
@@ -130,6 +129,17 @@ def format_summary(summary: pd.DataFrame, baseline: str = BASELINE) -> str:
     if summary["pairs"].any():
         parts.append(f"In brackets: difference to {baseline}, paired by seed. best: best noisy-validation epoch.")
     return "\n\n".join(parts)
+
+
+def _detectors(summary: pd.DataFrame) -> list[tuple[str, str, float, int]]:
+    """A column for each detector of the sweep at the best epoch: the methods' own, then those that all share."""
+    names = [
+        column.removeprefix("auroc_").removesuffix("_best_mean")
+        for column in summary
+        if column.startswith("auroc_") and column.endswith("_best_mean")
+    ]
+    own_first = sorted(names, key=lambda name: name in SampleTable.detectors)
+    return [(f"auroc_{name}_best", f"AUROC {name.replace('_', ' ')}", 1.0, 3) for name in own_first]
 
 
 def _cell(line: Any, key: str, scale: float, digits: int) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dataparams.callbacks.base import MethodCallback
-from dataparams.report.rows import DETECTORS, auroc, merge_frames, suspicion
+from dataparams.report.rows import auroc, detectors_in, detectors_of, merge_frames, suspicions
 
 
 class StepTimer(L.Callback):
@@ -81,14 +81,16 @@ class DetectionMonitor(L.Callback):
         if is_corrupt is None or not self.methods:
             return
         rows = merge_frames([method.to_frame() for method in self.methods])
+        rows.attrs["detectors"] = detectors_of(self.methods)
         corrupt = np.asarray(is_corrupt, dtype=bool)[rows["index"]]
+        if corrupt.all() or not corrupt.any():
+            return
         values = {}
-        for detector, (column, _) in DETECTORS.items():
-            scores = suspicion(rows, detector)
-            if scores is not None and corrupt.any() and not corrupt.all():
-                values[f"auroc_{detector}"] = auroc(scores, corrupt)
-                values[f"{column}_clean"] = rows[column][~corrupt].mean()
-                values[f"{column}_corrupt"] = rows[column][corrupt].mean()
+        for detector, scores in suspicions(rows).items():
+            column, _ = detectors_in(rows)[detector]
+            values[f"auroc_{detector}"] = auroc(scores, corrupt)
+            values[f"{column}_clean"] = rows[column][~corrupt].mean()
+            values[f"{column}_corrupt"] = rows[column][corrupt].mean()
         pl_module.log_dict(values, sync_dist=True)
 
 

@@ -1,33 +1,44 @@
-"""The plots of one run, drawn from its files alone (``metrics.csv``, ``results.json``, ``rows.parquet``)."""
+"""The plots of one run, drawn from its files alone (``metrics.csv``, ``results.json``, ``rows.parquet``, matrices)."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
+from dataparams.callbacks.sample_table import SampleTable
 from dataparams.report.files import replacing
-from dataparams.report.rows import auroc, read_rows, suspicion
+from dataparams.report.rows import auroc, detectors_in, read_rows, suspicions
 
 CLEAN, CORRUPT, NEUTRAL = "#0072B2", "#D55E00", "#555555"  # told apart by colour-blind readers too
 # Curves often lie on top of each other: from wide and pale to narrow and dark, each stays visible under the next.
-DETECTOR_STYLES = {
+SHARED_STYLES = {
     "margin": ("averaged margin", {"color": "#009E73", "linewidth": 5, "alpha": 0.4}),
     "mean_loss": ("running mean loss", {"color": "#0072B2", "linewidth": 2.5, "alpha": 0.7}),
-    "log_temperature": ("log temperature", {"color": "#D55E00", "linewidth": 1.5}),
 }
+OWN_STYLES = (
+    {"color": "#D55E00", "linewidth": 1.5},
+    {"color": "black", "linewidth": 1.2, "linestyle": "--"},
+    {"color": "#CC79A7", "linewidth": 1.5, "linestyle": ":"},
+)
+WRITTEN_CELLS = 12  # a heat map of more classes than this is too fine for numbers
+MOST_TICKS = 30
 
 
 def write_plots(run_dir: Path | str) -> list[Path]:
     """Draw every plot the files of ``run_dir`` allow, and return their paths.
 
-    ``accuracy.png``; with known truth ``detectors.png``; where the method has temperatures ``log_temperature.png`` and
-    ``log_temperature_histogram.png``.
+    ``accuracy.png``; with known truth ``detectors.png``; for every column that the method adds as a detector of wrong
+    labels (``log_temperature``, ``learning_rate_factor``, ...) ``<column>.png``, its mean over epochs where the truth
+    is known, and ``<column>_histogram.png``; for every ``<name>_matrix.csv`` a heat map ``<name>_matrix.png``.
 
     Raises:
         FileNotFoundError: the folder holds no finished run.
@@ -40,12 +51,15 @@ def write_plots(run_dir: Path | str) -> list[Path]:
     paths = [_save(accuracy_plot(epochs, results, title), run_dir / "accuracy.png")]
     if "is_corrupt" in rows and rows["is_corrupt"].nunique() == 2:
         paths.append(_save(detector_plot(rows, title), run_dir / "detectors.png"))
-    if "log_temperature_clean" in epochs and "log_temperature_corrupt" in epochs:
-        figure = temperature_plot(epochs, results["best_epoch"], title)
-        paths.append(_save(figure, run_dir / "log_temperature.png"))
-    if "log_temperature" in rows:
-        paths.append(_save(histogram_plot(rows, title), run_dir / "log_temperature_histogram.png"))
-    return paths
+    own = [column for name, (column, _) in detectors_in(rows).items() if name not in SampleTable.detectors]
+    for column in own:
+        if {f"{column}_clean", f"{column}_corrupt"} <= set(epochs):
+            figure = column_plot(epochs, column, results["best_epoch"], title)
+            paths.append(_save(figure, run_dir / f"{column}.png"))
+        if column in rows:
+            paths.append(_save(histogram_plot(rows, column, title), run_dir / f"{column}_histogram.png"))
+    matrices = {path.with_suffix(".png"): pd.read_csv(path, index_col=0) for path in run_dir.glob("*_matrix.csv")}
+    return paths + [_save(matrix_plot(matrix, title), path) for path, matrix in sorted(matrices.items())]
 
 
 def by_epoch(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -83,35 +97,38 @@ def accuracy_plot(epochs: pd.DataFrame, results: dict, title: str) -> Figure:
     return figure
 
 
-def temperature_plot(epochs: pd.DataFrame, best_epoch: int, title: str) -> Figure:
-    """Mean log temperature of the clean and of the corrupt samples over epochs."""
+def column_plot(epochs: pd.DataFrame, column: str, best_epoch: int, title: str) -> Figure:
+    """Mean of a column of the rows over the clean and over the corrupt samples, by epoch."""
     figure, axes = _figure(title)
     for kind, color in (("clean", CLEAN), ("corrupt", CORRUPT)):
-        curve = epochs[f"log_temperature_{kind}"].dropna()
+        curve = epochs[f"{column}_{kind}"].dropna()
         axes.plot(curve.index, curve, color=color, label=f"{kind} labels", marker="." if len(curve) < 3 else None)
     axes.axvline(best_epoch, color=NEUTRAL, linewidth=1, linestyle=":", label="best validation epoch")
-    axes.axhline(0.0, color=NEUTRAL, linewidth=0.8)
-    axes.set(xlabel="epoch", ylabel="mean log temperature")
+    low, high = axes.get_ylim()
+    if low < 0.0 < high:
+        axes.axhline(0.0, color=NEUTRAL, linewidth=0.8)
+    axes.set(xlabel="epoch", ylabel=f"mean {_in_words(column)}")
     axes.legend(loc="best")
     return figure
 
 
-def histogram_plot(rows: pd.DataFrame, title: str) -> Figure:
-    """Log temperatures at the best and at the last epoch; clean and corrupt apart where the truth is known."""
-    figure, (left, right) = _figure(title, panels=2)
-    values = rows[["log_temperature", "log_temperature_last"]]
+def histogram_plot(rows: pd.DataFrame, column: str, title: str) -> Figure:
+    """A column of the rows at the best and at the last epoch; clean and corrupt apart where the truth is known."""
+    figure, panels = _figure(title, panels=2)
+    values = rows[[column, f"{column}_last"]]
     low, high = np.nanmin(values.to_numpy()), np.nanmax(values.to_numpy())
     bins = np.linspace(low, high if high > low else low + 1.0, 41)
-    for axes, column, when in ((left, "log_temperature", "best"), (right, "log_temperature_last", "last")):
+    for axes, when in zip(panels, ("best", "last"), strict=True):
+        shown = values[column if when == "best" else f"{column}_last"]
         if "is_corrupt" in rows:
             corrupt = rows["is_corrupt"].to_numpy(dtype=bool)
-            axes.hist(rows[column][~corrupt], bins, color=CLEAN, alpha=0.65, label="clean labels")
-            axes.hist(rows[column][corrupt], bins, color=CORRUPT, alpha=0.65, label="corrupt labels")
-            axes.legend(loc="upper right")
+            axes.hist(shown[~corrupt], bins, color=CLEAN, alpha=0.65, label="clean labels")
+            axes.hist(shown[corrupt], bins, color=CORRUPT, alpha=0.65, label="corrupt labels")
+            axes.legend(loc="best")
         else:
-            axes.hist(rows[column], bins, color=CLEAN)
-        axes.set(xlabel=f"log temperature, {when} epoch")
-    left.set_ylabel("samples")
+            axes.hist(shown, bins, color=CLEAN)
+        axes.set(xlabel=f"{_in_words(column)}, {when} epoch")
+    panels[0].set_ylabel("samples")
     return figure
 
 
@@ -119,18 +136,51 @@ def detector_plot(rows: pd.DataFrame, title: str) -> Figure:
     """ROC curves of the detectors of wrong labels at the best epoch and at the last."""
     figure, panels = _figure(title, panels=2, size=(9.6, 4.8))
     truth = rows["is_corrupt"].to_numpy(dtype=bool)
+    own = [name for name in detectors_in(rows) if name not in SHARED_STYLES]
+    styles = SHARED_STYLES | {
+        name: (_in_words(name), style) for name, style in zip(own, itertools.cycle(OWN_STYLES), strict=False)
+    }
     for axes, when, suffix in zip(panels, ("best", "last"), ("", "_last"), strict=True):
-        for detector, (label, style) in DETECTOR_STYLES.items():
-            scores = suspicion(rows, detector, suffix)
-            if scores is None:
+        found = suspicions(rows, suffix)
+        for detector, (label, style) in styles.items():
+            if detector not in found:
                 continue
-            false_positives, true_positives = roc_curve(scores, truth)
-            area = auroc(scores, truth)
+            false_positives, true_positives = roc_curve(found[detector], truth)
+            area = auroc(found[detector], truth)
             axes.plot(false_positives, true_positives, label=f"{label}, area {area:.3f}", **style)
         axes.plot([0, 1], [0, 1], color=NEUTRAL, linewidth=0.8)
         axes.set(xlabel="clean samples flagged", title=f"{when} epoch", aspect="equal")
         axes.legend(loc="lower right")
     panels[0].set_ylabel("corrupt samples found")
+    return figure
+
+
+def matrix_plot(matrix: pd.DataFrame, title: str) -> Figure:
+    """A heat map of a table of classes by classes, with its numbers where there is room.
+
+    Args:
+        matrix: ``(K, K)``; the index is named ``rows \\ columns``, what the two axes stand for.
+        title: above the picture.
+    """
+    count = len(matrix)
+    side = min(3.5 + 0.38 * count, 10.0)
+    figure, axes = _figure(title, size=(side + 0.9, side))
+    axes.grid(visible=False)
+    values = matrix.to_numpy(dtype=np.float64)
+    # A root, since the diagonal would otherwise leave the rest in the dark; cividis: readable to the colour-blind too.
+    norm = PowerNorm(0.5 if np.nanmin(values) >= 0 else 1.0, np.nanmin(values), np.nanmax(values))
+    image = axes.imshow(values, cmap="cividis", norm=norm)
+    figure.colorbar(image, shrink=0.8)
+    ticks = list(range(0, count, math.ceil(count / MOST_TICKS)))
+    long_names = max(len(str(name)) for name in matrix.columns) > 3
+    axes.set_xticks(ticks, matrix.columns[ticks], rotation=90 if long_names else 0)
+    axes.set_yticks(ticks, matrix.index[ticks])
+    down, _, across = str(matrix.index.name or "").partition(" \\ ")
+    axes.set(xlabel=_in_words(across), ylabel=_in_words(down))
+    if count <= WRITTEN_CELLS:
+        for (row, column), value in np.ndenumerate(values):
+            color = "black" if norm(value) > 0.5 else "white"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize="x-small")
     return figure
 
 
@@ -149,6 +199,10 @@ def roc_curve(scores: pd.Series, is_corrupt: np.ndarray) -> tuple[np.ndarray, np
     false_positives = ends + 1 - true_positives
     false_rate, true_rate = (np.append(0, counts) / max(counts[-1], 1) for counts in (false_positives, true_positives))
     return false_rate, true_rate
+
+
+def _in_words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _figure(title: str, panels: int = 1, size: tuple[float, float] | None = None) -> tuple[Figure, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from dataparams.callbacks.base import MethodCallback
+from dataparams.report.files import replacing
 from dataparams.report.monitor import StepTimer
-from dataparams.report.rows import SCHEMA_VERSION, build_rows, detection_results, merge_frames
+from dataparams.report.rows import SCHEMA_VERSION, build_rows, detection_results, detectors_of, merge_frames
 from dataparams.tasks.calibration import calibrated_scores, evaluate
 
 Checkpoint = dict[str, Any]
@@ -33,39 +34,64 @@ def restored(make_callback: Callable[[], Callback], checkpoint: Checkpoint) -> C
     return callback
 
 
-def frame_at(makers: Mapping[str, Callable[[], Callback]], checkpoint: Checkpoint) -> pd.DataFrame:
-    """The samples as the method callbacks knew them when ``checkpoint`` was saved.
+def methods_at(makers: Mapping[str, Callable[[], Callback]], checkpoint: Checkpoint) -> list[MethodCallback]:
+    """The method callbacks of a run as they were when ``checkpoint`` was saved.
 
     Args:
         makers: functions that make the callbacks of the run anew, by name; those that are no methods are skipped.
         checkpoint: what :func:`load_checkpoint` returns.
+
+    Raises:
+        ValueError: none of them is a method.
     """
-    frames = []
-    for make in makers.values():
-        if isinstance(callback := make(), MethodCallback):
-            callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
-            frames.append(callback.to_frame())
-    if not frames:
+    methods = [callback for make in makers.values() if isinstance(callback := make(), MethodCallback)]
+    if not methods:
         raise ValueError("no method callback in this run, so nothing watched its samples: choose one with method=...")
-    return merge_frames(frames)
+    for method in methods:
+        method.load_state_dict(checkpoint["callbacks"][method.state_key])
+    return methods
 
 
-def rows_of_run(
-    makers: Mapping[str, Callable[[], Callback]], best: Checkpoint, last: Checkpoint, datamodule: Any
-) -> pd.DataFrame:
-    """``rows.parquet`` of a run, with the truth that ``datamodule`` knows."""
+def rows_of_run(best: Sequence[MethodCallback], last: Sequence[MethodCallback], datamodule: Any) -> pd.DataFrame:
+    """``rows.parquet`` of a run, with the truth that ``datamodule`` knows.
+
+    Args:
+        best: what :func:`methods_at` returns for the best epoch's checkpoint.
+        last: the same for the last one.
+        datamodule: set up.
+    """
     return build_rows(
-        frame_at(makers, best),
-        frame_at(makers, last),
+        merge_frames([method.to_frame() for method in best]),
+        merge_frames([method.to_frame() for method in last]),
         true_labels=getattr(datamodule, "true_labels", None),
         is_corrupt=getattr(datamodule, "is_corrupt", None),
         ids=getattr(datamodule, "ids", None),
+        detectors=detectors_of(last),
     )
+
+
+def write_matrices(methods: Sequence[MethodCallback], datamodule: Any, run_dir: Path) -> None:
+    """Write what the methods learned about pairs of classes (``SampleTable.matrices``), a CSV file each.
+
+    Classes go by the names that ``datamodule`` has for them, if any. The corner names both axes: ``rows \\ columns``.
+    """
+    names = list(getattr(datamodule, "class_names", ()))
+    for name, matrix in (item for method in methods for item in method.matrices().items()):
+        if not name.endswith("_matrix"):
+            raise ValueError(f"a matrix of a run needs a name that ends in _matrix, not {name!r}")
+        if matrix.shape == (len(names), len(names)):
+            axes = matrix.axes
+            matrix = matrix.set_axis(pd.Index(names, name=axes[0].name), axis=0)
+            matrix = matrix.set_axis(pd.Index(names, name=axes[1].name), axis=1)
+        corner = f"{matrix.index.name or ''} \\ {matrix.columns.name or ''}"
+        with replacing(run_dir / f"{name}.csv") as beside:
+            matrix.to_csv(beside, index_label=corner)
 
 
 def collect_results(
     checkpoints: Mapping[str, Checkpoint],
     rows: pd.DataFrame,
+    methods: Sequence[MethodCallback],
     module: L.LightningModule,
     datamodule: Any,
     device: torch.device,
@@ -75,6 +101,7 @@ def collect_results(
     Args:
         checkpoints: ``best`` and ``last``; with averaged weights also ``best_ema``.
         rows: what :func:`rows_of_run` returns.
+        methods: what :func:`methods_at` returns for the last checkpoint.
         module: maps inputs to logits; its weights are overwritten by those of the last checkpoint.
         datamodule: set up, with validation and test loaders.
         device: where to evaluate.
@@ -98,6 +125,7 @@ def collect_results(
     return {
         **results,
         **detection_results(rows),
+        **{name: value for method in methods for name, value in method.summary(rows).items()},
         "step_time_ms": timer.step_time_ms,
         "peak_memory_mb": peak_memory_mb(),
         "num_samples": len(rows),

@@ -18,14 +18,15 @@ log_temperature      float     method ``data_parameters``: log sigma of the samp
 ===================  ========  ====================================================================================
 
 After the first five, a column holds its value at the best epoch (best accuracy on the noisy validation labels) and,
-suffixed ``_last``, at the last one. Later methods add columns of their own, and never rename these. The Parquet
-metadata carries the version of this schema under ``dataparams_schema_version``; it changes when a column changes its
-meaning.
+suffixed ``_last``, at the last one. Methods add columns of their own, and never rename these. The Parquet
+metadata carries the version of this schema under ``dataparams_schema_version``, which changes when a column changes its
+meaning, and under ``dataparams_detectors`` the run's detectors of wrong labels (see :func:`detectors_of`) as JSON.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,18 +36,30 @@ import pyarrow.parquet as pq
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
+from dataparams.callbacks.sample_table import SampleTable
 from dataparams.report.files import replacing
+
+Detectors = dict[str, tuple[str, float]]
 
 SCHEMA_VERSION = "1"
 SCHEMA_KEY = b"dataparams_schema_version"
 STATIC_COLUMNS = ["index", "id", "given_label", "true_label", "is_corrupt"]
 
-# Detectors of wrong labels: the column each one reads, and the sign that makes "higher" mean "more suspicious".
-DETECTORS = {
-    "log_temperature": ("log_temperature", 1.0),
-    "mean_loss": ("mean_loss", 1.0),
-    "margin": ("mean_margin", -1.0),
-}
+DETECTORS_KEY = b"dataparams_detectors"
+# What a table without detectors in its metadata was written with.
+FIRST_DETECTORS: Detectors = {"log_temperature": ("log_temperature", 1.0), **SampleTable.detectors}
+
+
+def detectors_of(methods: Iterable[SampleTable]) -> Detectors:
+    """The detectors of several callbacks by name, the shared ones last: see ``SampleTable.detectors``."""
+    found = {name: detector for method in methods for name, detector in method.detectors.items()}
+    shared = SampleTable.detectors
+    return {name: detector for name, detector in found.items() if name not in shared} | shared
+
+
+def detectors_in(rows: pd.DataFrame) -> Detectors:
+    """The detectors of a table of samples."""
+    return {name: (column, sign) for name, (column, sign) in rows.attrs.get("detectors", FIRST_DETECTORS).items()}
 
 
 def merge_frames(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -68,6 +81,7 @@ def build_rows(
     true_labels: Sequence[int] | np.ndarray | None = None,
     is_corrupt: Sequence[bool] | np.ndarray | None = None,
     ids: Sequence[object] | None = None,
+    detectors: Detectors | None = None,
 ) -> pd.DataFrame:
     """The table of ``rows.parquet``.
 
@@ -77,6 +91,7 @@ def build_rows(
         true_labels: per position in the training set, or None where nobody knows.
         is_corrupt: per position in the training set, or None.
         ids: the data set's own names of the samples, per position, in place of the frames' ``id``; or None.
+        detectors: what :func:`detectors_of` returns; the table carries them, see :func:`detectors_in`.
 
     Raises:
         ValueError: ``best`` and ``last`` are not about the same samples, or an index lies outside the truth.
@@ -95,25 +110,30 @@ def build_rows(
             raise ValueError(f"index {index.max()} lies outside {column}, which has {len(truth)} entries")
         rows[column] = truth[index]
     static = [column for column in STATIC_COLUMNS if column in rows]
-    return rows.loc[:, static + [column for column in rows if column not in static]]
+    rows = rows.loc[:, static + [column for column in rows if column not in static]]
+    if detectors is not None:
+        rows.attrs["detectors"] = detectors
+    return rows
 
 
 def write_rows(rows: pd.DataFrame, path: Path | str) -> None:
-    """Write ``rows`` as Parquet with the version of the schema in its metadata."""
+    """Write ``rows`` as Parquet with the version of the schema and the detectors in its metadata."""
     table = pa.Table.from_pandas(rows, preserve_index=False)
-    table = table.replace_schema_metadata({**(table.schema.metadata or {}), SCHEMA_KEY: SCHEMA_VERSION})
+    own = {SCHEMA_KEY: SCHEMA_VERSION, DETECTORS_KEY: json.dumps(detectors_in(rows))}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **own})
     with replacing(path) as beside:
         pq.write_table(table, beside)
 
 
 def read_rows(path: Path | str) -> pd.DataFrame:
-    """Read what :func:`write_rows` wrote.
+    """Read what :func:`write_rows` wrote; the detectors come with it, see :func:`detectors_in`.
 
     Raises:
         ValueError: not such a file, or one of a later version than this library knows.
     """
     table = pq.read_table(path)
-    version = (table.schema.metadata or {}).get(SCHEMA_KEY)
+    metadata = table.schema.metadata or {}
+    version = metadata.get(SCHEMA_KEY)
     if version is None:
         raise ValueError(f"{path} is not a table of dataparams: its metadata names no schema version")
     if int(version) > int(SCHEMA_VERSION):
@@ -121,13 +141,24 @@ def read_rows(path: Path | str) -> pd.DataFrame:
             f"{path} has schema version {version.decode()}, this library knows up to {SCHEMA_VERSION}: "
             "upgrade dataparams"
         )
-    return table.to_pandas()
+    rows = table.to_pandas()
+    if DETECTORS_KEY in metadata:
+        rows.attrs["detectors"] = json.loads(metadata[DETECTORS_KEY])
+    return rows
 
 
-def suspicion(rows: pd.DataFrame, detector: str, suffix: str = "") -> pd.Series | None:
-    """How suspicious each sample is to ``detector`` (a key of ``DETECTORS``), or None where its column is absent."""
-    column, sign = DETECTORS[detector]
-    return sign * rows[column + suffix] if column + suffix in rows else None
+def suspicions(rows: pd.DataFrame, suffix: str = "") -> dict[str, pd.Series]:
+    """How suspicious each sample is, by detector: those of the table whose column is there.
+
+    Args:
+        rows: a table of samples, see :func:`detectors_in`.
+        suffix: ``""`` for the columns at the best epoch, ``"_last"`` for those at the last.
+    """
+    return {
+        name: sign * rows[column + suffix]
+        for name, (column, sign) in detectors_in(rows).items()
+        if column + suffix in rows
+    }
 
 
 def auroc(scores: pd.Series | np.ndarray, is_corrupt: pd.Series | np.ndarray) -> float:
@@ -147,20 +178,12 @@ def auroc(scores: pd.Series | np.ndarray, is_corrupt: pd.Series | np.ndarray) ->
 
 
 def detection_results(rows: pd.DataFrame) -> dict[str, float]:
-    """``auroc_<score>_best``, ``auroc_<score>_last`` and, where there are temperatures, ``log_temperature_gap_last``.
-
-    Empty where the truth is not known.
-    """
+    """``auroc_<detector>_best`` and ``auroc_<detector>_last``; empty where the truth is not known."""
     if "is_corrupt" not in rows:
         return {}
+    best, last = suspicions(rows), suspicions(rows, "_last")
     results = {}
-    corrupt = rows["is_corrupt"].to_numpy(dtype=bool)
-    for detector in DETECTORS:
-        for name, suffix in (("best", ""), ("last", "_last")):
-            scores = suspicion(rows, detector, suffix)
-            if scores is not None:
-                results[f"auroc_{detector}_{name}"] = auroc(scores, corrupt)
-    if "log_temperature_last" in rows and corrupt.any() and not corrupt.all():
-        last = rows["log_temperature_last"]
-        results["log_temperature_gap_last"] = float(last[corrupt].mean() - last[~corrupt].mean())
+    for name in last:
+        results[f"auroc_{name}_best"] = auroc(best[name], rows["is_corrupt"])
+        results[f"auroc_{name}_last"] = auroc(last[name], rows["is_corrupt"])
     return results

@@ -16,13 +16,23 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataparams.tasks.augmentation import crop_and_flip, draw_crop_and_flip
-from dataparams.tasks.loading import AUGMENTATION, SPLIT, TRAIN_NOISE, VAL_NOISE, EpochSampler, ImageDataset
+from dataparams.tasks.loading import (
+    AUGMENTATION,
+    META,
+    META_ORDER,
+    SPLIT,
+    TRAIN_NOISE,
+    VAL_NOISE,
+    EpochSampler,
+    ImageDataset,
+)
 from dataparams.tasks.noise import KINDS, corrupt_labels, read_labels
 
 # Evaluation keeps no activations, so its batches need not be as small as the training's.
 EVAL_BATCH_SIZE = 500
 
 DATA_VARIABLE = "DATAPARAMS_DATA"
+META_USES = ("hold_out", "add", "only")
 
 
 @dataclass(frozen=True)
@@ -54,8 +64,14 @@ class NoisyDataModule(L.LightningDataModule):
     with a draw of their own, as a user without clean labels would have them. A subclass says where
     the images come from (`load`) and how the training data is divided (`split`).
 
+    A *meta set*, for methods that learn from trusted samples, is taken out of the training samples
+    (`meta_fraction`). Labels are corrupted before, so that the samples that stay have the labels that
+    they would have without it.
+
     After `setup`:
         train_set, val_set: data sets of (image, given label).
+        meta_set: data set of (image, label), or None where there is none; the labels are the right
+            ones with `meta_clean`, else the given ones.
         test_set: data set of (image, right label).
         given_labels, true_labels: int64 tensors by position in `train_set`; `true_labels` is None
             where unknown.
@@ -78,6 +94,13 @@ class NoisyDataModule(L.LightningDataModule):
         num_workers: loader processes; images are in memory, so 0 is fastest on few cores.
         download: fetch a missing data set with torchvision.
         augment: in training, a random crop after 4 pixels of padding and a random mirroring.
+        meta_fraction: share of the training samples in the meta set, in [0, 1); stratified by the
+            meta set's own labels. 0: no meta set.
+        meta_clean: the meta set has the right labels, as if someone had checked them.
+        meta_use: "hold_out" trains on the other samples and hands the meta set out as
+            `meta_dataloader`. The other two are baselines that know as much and have no such
+            loader: "add" leaves the meta set, with its labels, among the training samples, "only"
+            trains on nothing else.
 
     Raises:
         ValueError: for arguments out of range, or sizes that do not fit the data.
@@ -93,6 +116,7 @@ class NoisyDataModule(L.LightningDataModule):
     train_set: ImageDataset
     val_set: ImageDataset
     test_set: ImageDataset
+    meta_set: ImageDataset | None
     given_labels: torch.Tensor
     true_labels: torch.Tensor | None
     is_corrupt: np.ndarray | None
@@ -111,6 +135,9 @@ class NoisyDataModule(L.LightningDataModule):
         num_workers: int = 0,
         download: bool = False,
         augment: bool = False,
+        meta_fraction: float = 0.0,
+        meta_clean: bool = False,
+        meta_use: str = "hold_out",
     ) -> None:
         super().__init__()
         if noise not in KINDS:
@@ -119,6 +146,12 @@ class NoisyDataModule(L.LightningDataModule):
             raise ValueError(f"noise={noise!r} with noise_file={noise_file!r}: they belong together")
         if not 0.0 <= noise_rate <= 1.0:
             raise ValueError(f"noise_rate is a share in [0, 1], not {noise_rate}")
+        if not 0.0 <= meta_fraction < 1.0:
+            raise ValueError(f"meta_fraction is a share in [0, 1), not {meta_fraction}")
+        if meta_use not in META_USES:
+            raise ValueError(f"unknown meta_use {meta_use!r}: choose one of {', '.join(META_USES)}")
+        if meta_use != "hold_out" and meta_fraction == 0.0:
+            raise ValueError(f"meta_use={meta_use!r} without a meta set: give meta_fraction, a share in (0, 1)")
         for name, value, least in [("batch_size", batch_size, 1), ("seed", seed, 0)]:
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
@@ -133,6 +166,9 @@ class NoisyDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.download = download
         self.augment = augment
+        self.meta_fraction = meta_fraction
+        self.meta_clean = meta_clean
+        self.meta_use = meta_use
         self._is_set_up = False
 
     def load(self) -> tuple[ImagePool, ImagePool]:
@@ -156,6 +192,9 @@ class NoisyDataModule(L.LightningDataModule):
         pool, test = self.load()
         train, val = (pool.take(positions) for positions in self._divide(pool))
         given = self._given(train, pool, TRAIN_NOISE)
+        self.meta_set = None
+        if self.meta_fraction > 0.0:
+            train, given = self._take_meta(train, given)
         self.train_set = self._dataset(train, given)
         self.val_set = self._dataset(val, self._given(val, pool, VAL_NOISE))
         self.test_set = self._dataset(test, test.labels)
@@ -170,6 +209,9 @@ class NoisyDataModule(L.LightningDataModule):
         """Name, sizes, and the noise as it was asked for and as it came out; flat, after
         `setup`.
         """
+        meta = {}
+        if self.meta_set is not None:
+            meta = {"meta_size": len(self.meta_set), "meta_use": self.meta_use, "meta_clean": self.meta_clean}
         return {
             "data": self.data_name,
             "num_classes": self.num_classes,
@@ -180,6 +222,7 @@ class NoisyDataModule(L.LightningDataModule):
             "noise_rate": self.noise_rate,
             "wrong_labels": float("nan") if self.is_corrupt is None else float(self.is_corrupt.mean()),
             "val_wrong_labels": self._val_wrong,
+            **meta,
         }
 
     def train_dataloader(self) -> DataLoader:
@@ -188,6 +231,19 @@ class NoisyDataModule(L.LightningDataModule):
             batch_size=self.batch_size,
             sampler=EpochSampler(len(self.train_set), self.seed),
             num_workers=self.num_workers,
+        )
+
+    def meta_dataloader(self) -> DataLoader | None:
+        """Shuffled batches of the meta set, or None where no set is held out."""
+        if self.meta_set is None or self.meta_use != "hold_out":
+            return None
+        # A generator of its own: the global random state, and with it training, stays as it is without a meta set.
+        seed = int(np.random.default_rng([self.seed, META_ORDER]).integers(2**63))
+        return DataLoader(
+            self.meta_set,
+            batch_size=min(self.batch_size, len(self.meta_set)),
+            shuffle=True,
+            generator=torch.Generator().manual_seed(seed),
         )
 
     def val_dataloader(self) -> DataLoader:
@@ -248,6 +304,26 @@ class NoisyDataModule(L.LightningDataModule):
                 f"train_size={train_size} and val_size={val_size} do not fit"
             )
         return self.split(pool.labels, train_size, val_size)
+
+    def _take_meta(self, train: ImagePool, given: np.ndarray) -> tuple[ImagePool, np.ndarray]:
+        """Make the meta set; returns the training samples that `meta_use` says, and their labels."""
+        total = len(given)
+        size = round(self.meta_fraction * total)
+        if not 1 <= size < total:
+            part = "meta set" if size < 1 else "training set beside the meta set"
+            raise ValueError(
+                f"meta_fraction={self.meta_fraction} of {total} training samples leaves the {part} empty: "
+                f"choose one from {1 / total:.2g} to {1 - 1 / total:.4g}"
+            )
+        known = train.labels if self.meta_clean else given
+        rest, meta = stratified_split(known, total - size, size, [self.seed, META])
+        self.meta_set = self._dataset(train.take(meta), known[meta])
+        if self.meta_use == "add":
+            labels = given.copy()
+            labels[meta] = known[meta]
+            return train, labels
+        chosen, labels = (rest, given) if self.meta_use == "hold_out" else (meta, known)
+        return train.take(chosen), labels[chosen]
 
     def _given(self, part: ImagePool, pool: ImagePool, stream: int) -> np.ndarray:
         if self.noise_file is None:

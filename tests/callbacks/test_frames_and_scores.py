@@ -146,6 +146,35 @@ def test_suspects_and_auroc_find_the_wrong_labels():
     assert "score" not in callback.to_frame()  # the user's own copy
 
 
+def test_a_method_adds_detectors_by_naming_a_column_and_a_sign():
+    class Trusting(TrainingDynamics):
+        detectors = TrainingDynamics.detectors | {"distrust": ("trust", -1.0), "absent": ("nowhere", 1.0)}
+
+        def columns(self, frame: pd.DataFrame) -> dict[str, Any]:
+            return {"trust": frame["index"].to_numpy() % 7}
+
+    callback = Trusting()
+    fit(callback)
+    assert callback.scores(callback.to_frame()).keys() == {"mean_loss", "margin", "distrust"}
+    assert callback.suspects(4, by="distrust")["index"].tolist() == [0, 7, 14, 21]
+    assert callback.auroc(np.arange(SAMPLES) % 7 < 3)["distrust"] == 1.0
+    assert TrainingDynamics.detectors.keys() == {"mean_loss", "margin"}  # its own, not everybody's
+
+
+def test_the_gap_of_a_run_is_corrupt_less_clean_at_the_last_epoch():
+    rows = pd.DataFrame(
+        {
+            "is_corrupt": [True, True, False, False],
+            "log_temperature": [0.0, 0.0, 0.0, 0.0],
+            "log_temperature_last": [2.0, 1.0, 0.0, -1.0],
+        }
+    )
+    assert DataParameters().summary(rows) == {"log_temperature_gap_last": 2.0}
+    assert DataParameters().summary(rows.assign(is_corrupt=False)) == {}
+    assert DataParameters().summary(rows.drop(columns="is_corrupt")) == {}
+    assert TrainingDynamics().summary(rows) == {}
+
+
 def test_wrong_questions_are_refused():
     callback = TrainingDynamics()
     with pytest.raises(RuntimeError, match="train first"):

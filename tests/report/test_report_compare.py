@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -94,6 +95,12 @@ def test_text_and_csv_say_the_same(sweep):
     assert "AUROC margin" not in text  # nobody has it
     line = pd.read_csv(sweep / "summary.csv").set_index("method").loc["ours"]
     assert line["test_accuracy_best_diff_mean"] == pytest.approx(0.2)
+
+
+def test_every_detector_of_the_sweep_is_a_column_the_methods_own_first(sweep):
+    write_run(sweep / "c", "new", 0, 0.5, auroc_mean_loss_best=0.8, auroc_trust_in_label_best=0.75, auroc_x_last=0.1)
+    heading = compare(sweep).splitlines()[1]
+    assert re.split(r"\s{2,}", heading)[-3:] == ["AUROC trust in label", "AUROC mean loss", "ms a step"]
 
 
 def test_one_seed_shows_no_deviation(tmp_path):

@@ -43,10 +43,18 @@ def test_the_step_time_is_the_median_and_leaves_out_validation(monkeypatch):
     assert later.step_time_ms == timer.step_time_ms
 
 
-def watched(monkeypatch, is_corrupt):
-    method = TrainingDynamics()
+class Trusting(TrainingDynamics):
+    detectors = TrainingDynamics.detectors | {"distrust": ("trust", -1.0)}
+
+
+def watched(monkeypatch, is_corrupt, method):
     rows = pd.DataFrame(
-        {"index": [3, 1, 0, 2], "mean_loss": [4.0, 2.0, 1.0, 3.0], "mean_margin": [-4.0, -2.0, -1.0, -3.0]}
+        {
+            "index": [3, 1, 0, 2],
+            "mean_loss": [4.0, 2.0, 1.0, 3.0],
+            "mean_margin": [-4.0, -2.0, -1.0, -3.0],
+            "trust": [0.0, 1.0, 3.0, 2.0],
+        }
     )
     monkeypatch.setattr(method, "to_frame", lambda: rows)
     logged = {}
@@ -56,17 +64,23 @@ def watched(monkeypatch, is_corrupt):
     return logged
 
 
+SHARED = {
+    "auroc_mean_loss": 1.0,
+    "mean_loss_clean": 1.5,
+    "mean_loss_corrupt": 3.5,
+    "auroc_margin": 1.0,
+    "mean_margin_clean": -1.5,
+    "mean_margin_corrupt": -3.5,
+}
+
+
 def test_the_monitor_meets_truth_and_rows_by_index(monkeypatch):
-    assert watched(monkeypatch, np.array([False, False, True, True])) == {
-        "auroc_mean_loss": 1.0,
-        "mean_loss_clean": 1.5,
-        "mean_loss_corrupt": 3.5,
-        "auroc_margin": 1.0,
-        "mean_margin_clean": -1.5,
-        "mean_margin_corrupt": -3.5,
-    }
+    is_corrupt = np.array([False, False, True, True])
+    assert watched(monkeypatch, is_corrupt, TrainingDynamics()) == SHARED
+    own = {"auroc_distrust": 0.75, "trust_clean": 2.0, "trust_corrupt": 1.0}
+    assert watched(monkeypatch, is_corrupt, Trusting()) == SHARED | own
 
 
 @pytest.mark.parametrize("is_corrupt", [None, np.zeros(4, dtype=bool)])
 def test_the_monitor_is_silent_where_there_is_nothing_to_tell(monkeypatch, is_corrupt):
-    assert watched(monkeypatch, is_corrupt) == {}
+    assert watched(monkeypatch, is_corrupt, TrainingDynamics()) == {}

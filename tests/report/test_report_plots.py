@@ -9,7 +9,15 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_curve as sklearn_roc_curve
 
-from dataparams.report.plots import accuracy_plot, by_epoch, detector_plot, roc_curve, temperature_plot, write_plots
+from dataparams.report.plots import (
+    accuracy_plot,
+    by_epoch,
+    column_plot,
+    detector_plot,
+    matrix_plot,
+    roc_curve,
+    write_plots,
+)
 from dataparams.report.rows import write_rows
 
 RESULTS = {
@@ -64,6 +72,48 @@ def test_a_full_run_gets_four_plots(run_dir):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_column_that_a_method_adds_gets_its_plots(run_dir, rows):
+    renamed = {"log_temperature": "trust", "log_temperature_last": "trust_last"}
+    new = rows.rename(columns=renamed)
+    new.attrs["detectors"] = {"distrust": ("trust", -1.0), "mean_loss": ("mean_loss", 1.0)}
+    write_rows(new, run_dir / "rows.parquet")
+    metrics = pd.read_csv(run_dir / "metrics.csv")
+    metrics.rename(columns=lambda name: name.replace("log_temperature", "trust")).to_csv(
+        run_dir / "metrics.csv", index=False
+    )
+    (run_dir / "label_matrix.csv").write_text("given \\ learned,a,b\na,0.9,0.1\nb,0.3,0.7\n")
+    assert [path.name for path in write_plots(run_dir)] == [
+        "accuracy.png",
+        "detectors.png",
+        "trust.png",
+        "trust_histogram.png",
+        "label_matrix.png",
+    ]
+
+
+def test_a_heat_map_says_what_its_axes_are_and_where_each_number_stands():
+    names = pd.Index(["a", "b", "c"], name="given_label \\ learned_label")
+    matrix = pd.DataFrame([[0.9, 0.1, 0.0], [0.3, 0.5, 0.2], [0.0, 0.4, 0.6]], index=names, columns=list(names))
+    axes = matrix_plot(matrix, "t").axes[0]
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("given label", "learned label")
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["a", "b", "c"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b", "c"]
+    written = {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in axes.texts}
+    assert written[0, 1] == "0.10"
+    assert written[1, 0] == "0.30"
+    assert axes.get_ylim() == (2.5, -0.5)  # the first class is at the top, as in a table
+    np.testing.assert_array_equal(axes.images[0].get_array(), matrix)
+
+
+def test_a_large_heat_map_has_readable_ticks_and_no_numbers():
+    matrix = pd.DataFrame(np.eye(100), index=[f"class {i}" for i in range(100)])
+    matrix.columns = matrix.index
+    axes = matrix_plot(matrix, "t").axes[0]
+    assert not axes.texts
+    assert len(axes.get_xticklabels()) <= 30
+    assert axes.get_yticklabels()[1].get_text() == f"class {round(axes.get_yticks()[1])}"
+
+
 def test_without_truth_and_temperatures_only_the_accuracy_is_drawn(run_dir, rows):
     bare = rows.drop(columns=["true_label", "is_corrupt", "log_temperature", "log_temperature_last"])
     write_rows(bare, run_dir / "rows.parquet")
@@ -76,7 +126,7 @@ def test_curves_hold_the_logged_values(run_dir):
     line, best = accuracy_plot(epochs, RESULTS, "t").axes[0].lines
     np.testing.assert_array_equal(line.get_xydata(), [[0, 0.5], [1, 0.6], [2, 0.55]])
     assert best.get_xdata() == [1, 1]
-    clean, corrupt, *_ = temperature_plot(epochs, 1, "t").axes[0].lines
+    clean, corrupt, *_ = column_plot(epochs, "log_temperature", 1, "t").axes[0].lines
     np.testing.assert_array_equal(clean.get_ydata(), [0.0, -1.0, -2.0])
     np.testing.assert_array_equal(corrupt.get_ydata(), [0.0, 1.0, 2.0])
 

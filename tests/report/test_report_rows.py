@@ -9,16 +9,23 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from dataparams import DataParameters, TrainingDynamics
 from dataparams.report.rows import (
+    DETECTORS_KEY,
     SCHEMA_KEY,
     SCHEMA_VERSION,
     auroc,
     build_rows,
     detection_results,
+    detectors_in,
+    detectors_of,
     merge_frames,
     read_rows,
+    suspicions,
     write_rows,
 )
+
+SHARED = {"mean_loss": ("mean_loss", 1.0), "margin": ("mean_margin", -1.0)}
 
 
 def frame(order, **columns):
@@ -74,6 +81,41 @@ def test_round_trip_keeps_types_and_carries_the_version(tmp_path):
     assert pq.read_schema(tmp_path / "rows.parquet").metadata[SCHEMA_KEY] == SCHEMA_VERSION.encode()
 
 
+def test_detectors_come_from_the_methods_and_travel_with_the_table(tmp_path):
+    class Trusting(TrainingDynamics):
+        detectors = TrainingDynamics.detectors | {"trust": ("trust", -1.0)}
+
+    detectors = detectors_of([Trusting(), DataParameters()])
+    assert detectors == {"trust": ("trust", -1.0), "log_temperature": ("log_temperature", 1.0), **SHARED}
+    assert list(detectors)[-2:] == list(SHARED)
+    one = frame([0, 1], trust=[0.5, 2.0], mean_loss=[0.0, 1.0])
+    rows = build_rows(one, one, detectors=detectors)
+    for table in (rows, read_back(rows, tmp_path)):
+        assert detectors_in(table) == detectors
+        assert {name: scores.tolist() for name, scores in suspicions(table, "_last").items()} == {
+            "trust": [-0.5, -2.0],
+            "mean_loss": [0.0, 1.0],
+        }
+    assert (
+        detectors_in(read_back(build_rows(one, one, detectors=detectors_of([TrainingDynamics()])), tmp_path)) == SHARED
+    )
+
+
+def read_back(rows, folder):
+    write_rows(rows, folder / "rows.parquet")
+    return read_rows(folder / "rows.parquet")
+
+
+def test_a_table_from_before_the_detectors_has_the_first_three(tmp_path):
+    rows = build_rows(frame([0, 1], log_temperature=[0.5, 2.0]), frame([0, 1], log_temperature=[0.5, 2.0]))
+    table = pa.Table.from_pandas(rows, preserve_index=False)
+    pq.write_table(table.replace_schema_metadata({SCHEMA_KEY: "1"}), tmp_path / "old.parquet")
+    assert DETECTORS_KEY not in pq.read_schema(tmp_path / "old.parquet").metadata
+    old = read_rows(tmp_path / "old.parquet")
+    assert detectors_in(old) == {"log_temperature": ("log_temperature", 1.0), **SHARED}
+    assert suspicions(old)["log_temperature"].tolist() == [0.5, 2.0]
+
+
 def test_a_later_schema_and_a_foreign_table_are_refused(tmp_path):
     table = pa.table({"index": [0]})
     pq.write_table(table, tmp_path / "foreign.parquet")
@@ -98,29 +140,28 @@ def test_auroc_leaves_out_samples_without_a_score():
     assert np.isnan(auroc(scores, np.zeros(5, dtype=bool)))
 
 
-def test_detection_results_turn_the_margin_around_and_subtract_clean_from_corrupt():
+def test_detection_results_turn_scores_the_way_the_detectors_say():
     corrupt = np.array([True, True, False, False])
     best = frame(
         [0, 1, 2, 3],
         mean_loss=[3.0, 2.0, 1.0, 0.0],
         mean_margin=[-2.0, -1.0, 1.0, 2.0],
-        log_temperature=[0.0, 0.0, 0.0, 0.0],
+        trust=[0.0, 0.0, 0.0, 0.0],
     )
     last = frame(
         [0, 1, 2, 3],
         mean_loss=[0.0, 1.0, 2.0, 3.0],
         mean_margin=[-2.0, 1.0, -1.0, 2.0],
-        log_temperature=[2.0, 1.0, 0.0, -1.0],
+        trust=[-1.0, 0.0, 1.0, 2.0],
     )
-    results = detection_results(build_rows(best, last, is_corrupt=corrupt))
-    assert results == {
-        "auroc_log_temperature_best": 0.5,
-        "auroc_log_temperature_last": 1.0,
+    detectors = {"trust": ("trust", -1.0), **SHARED}
+    assert detection_results(build_rows(best, last, is_corrupt=corrupt, detectors=detectors)) == {
+        "auroc_trust_best": 0.5,
+        "auroc_trust_last": 1.0,
         "auroc_mean_loss_best": 1.0,
         "auroc_mean_loss_last": 0.0,
         "auroc_margin_best": 1.0,
         "auroc_margin_last": 0.75,
-        "log_temperature_gap_last": 2.0,
     }
 
 

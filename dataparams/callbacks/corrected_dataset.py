@@ -1,0 +1,100 @@
+"""A data set as it was but for its targets, which are learned labels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dataparams.ids import IndexKey, RowIds, read_ids
+
+TARGET_NAMES = ("y", "target", "targets", "label", "labels")
+
+
+class CorrectedDataset(Dataset):
+    """Samples of ``dataset`` with targets replaced. Samples without a learned label keep their own.
+
+    Args:
+        dataset: map-style.
+        labels: by row: classes ``(N,)`` int64, -1 where unknown, or distributions ``(N, K)``, NaN where unknown.
+        start: for distributions, ``(K, K)``: what stands for a class whose sample has no learned label. None: classes.
+        target_key: dictionary key or tuple position of the target; None: position 1, or the one of the usual names that
+            a dictionary has.
+        index_key: where a sample holds its id: dictionary key, tuple position or function of the sample. None: rows
+            are positions.
+        row_ids: from ids to rows.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        labels: Tensor,
+        start: Tensor | None = None,
+        target_key: str | int | None = None,
+        index_key: IndexKey | None = None,
+        row_ids: RowIds | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.labels = labels
+        self.start = start
+        self.target_key = target_key
+        self.index_key = index_key
+        self.row_ids = row_ids
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, position: int) -> Any:
+        """The sample, a copy in its own container; its parts are the data set's own.
+
+        Raises:
+            KeyError: the sample has no target where it was looked for.
+        """
+        sample = self.dataset[position]
+        row = range(len(self))[position]  # counts from the end where negative
+        if self.index_key is not None:
+            assert self.row_ids is not None
+            row = int(self.row_ids.lookup([read_ids(sample, self.index_key)]))
+        key = self._key(sample)
+        label = self._label(self.labels[row], sample[key])
+        if isinstance(sample, Mapping):
+            replaced = copy.copy(sample)
+            replaced[key] = label  # type: ignore[index]
+            return replaced
+        parts = list(sample)
+        parts[key] = label
+        return type(sample)(*parts) if hasattr(sample, "_fields") else type(sample)(parts)
+
+    def _key(self, sample: Any) -> Any:
+        if isinstance(sample, Mapping):
+            keys = [name for name in TARGET_NAMES if name in sample] if self.target_key is None else [self.target_key]
+            if len(keys) == 1 and keys[0] in sample:
+                return keys[0]
+            has = f"keys {sorted(map(str, sample))}"
+        elif isinstance(sample, Sequence):
+            key = 1 if self.target_key is None else self.target_key
+            if isinstance(key, int) and -len(sample) <= key < len(sample):
+                return key
+            has = f"{len(sample)} positions"
+        else:
+            has = f"type {type(sample).__name__}"
+        raise KeyError(
+            f"target_key={self.target_key!r} does not say where the target is in a sample, which has {has}; give a "
+            "dictionary key or a tuple position"
+        )
+
+    def _label(self, learned: Tensor, own: Any) -> Any:
+        if self.start is not None:
+            return self.start[int(own)] if bool(learned.isnan().any()) else learned
+        if int(learned) < 0:
+            return own
+        if isinstance(own, Tensor):
+            return learned.to(own).reshape(own.shape)
+        if isinstance(own, np.ndarray | np.generic):
+            return np.full_like(own, int(learned))[()]
+        return int(learned)
