@@ -6,6 +6,7 @@ from dataparams.callbacks import (
     DataParameters,
     InstanceLearningRates,
     LabelSmoothing,
+    LearnableSoftLabels,
     SuperLoss,
     TrainingDynamics,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "DataParameters",
     "InstanceLearningRates",
     "LabelSmoothing",
+    "LearnableSoftLabels",
     "ParameterTable",
     "RowAdam",
     "RowSGD",

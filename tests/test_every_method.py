@@ -34,8 +34,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
-from dataparams import DataParameters, InstanceLearningRates, TrainingDynamics
-from dataparams.callbacks import ELR, GCE, LabelSmoothing, SuperLoss
+from dataparams import DataParameters, InstanceLearningRates, LearnableSoftLabels, TrainingDynamics
+from dataparams.callbacks import ELR, GCE, LabelSmoothing, Pencil, SuperLoss
 from dataparams.callbacks.base import MethodCallback
 
 WIDE = (-3.0, 3.0)
@@ -59,6 +59,9 @@ METHODS: dict[str, Method] = {
         lambda: InstanceLearningRates(CLASSES, "class", meta=trusted()),
         neutral=lambda: InstanceLearningRates(CLASSES, "class", meta=trusted(), lr=0.0),
     ),
+    "soft_labels": Method(lambda: LearnableSoftLabels(CLASSES, meta=trusted())),
+    "class_soft_labels": Method(lambda: LearnableSoftLabels(CLASSES, "class", meta=trusted())),
+    "pencil": Method(lambda: Pencil(CLASSES, warmup_epochs=0, label_epochs=9)),
     "superloss": Method(SuperLoss),
     "elr": Method(ELR),
     "gce": Method(GCE),

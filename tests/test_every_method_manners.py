@@ -120,7 +120,7 @@ def test_trainer_is_usable_after_an_exception(method: Method):
 # -- together --------------------------------------------------------------------------------------------------------
 
 
-REPLACING = {"elr", "gce", "label_smoothing"}  # each has the last word about the loss
+REPLACING = {"elr", "gce", "label_smoothing", "pencil", "soft_labels", "class_soft_labels"}  # each has the last word
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if REPLACING.issuperset(pair)], ids="+".join)

@@ -4,6 +4,8 @@ from dataparams.callbacks.base import MethodCallback
 from dataparams.callbacks.baselines import ELR, GCE, LabelSmoothing, SuperLoss
 from dataparams.callbacks.data_parameters import DataParameters
 from dataparams.callbacks.instance_learning_rates import InstanceLearningRates
+from dataparams.callbacks.pencil import Pencil
+from dataparams.callbacks.soft_labels import LearnableSoftLabels
 from dataparams.callbacks.training_dynamics import TrainingDynamics
 
 __all__ = [
@@ -12,7 +14,9 @@ __all__ = [
     "DataParameters",
     "InstanceLearningRates",
     "LabelSmoothing",
+    "LearnableSoftLabels",
     "MethodCallback",
+    "Pencil",
     "SuperLoss",
     "TrainingDynamics",
 ]

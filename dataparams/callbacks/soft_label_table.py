@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -163,7 +163,10 @@ class SoftLabelCallback(MethodCallback):
     def label_matrix(self) -> pd.DataFrame:
         """Mean learned label by given class, ``(K, K)``; rows add up to 1. NaN for classes that were never seen."""
         classes = range(self.num_classes)
-        total, count = torch.zeros(self.num_classes, self.num_classes, dtype=torch.float64), torch.zeros(self.num_classes)
+        total, count = (
+            torch.zeros(self.num_classes, self.num_classes, dtype=torch.float64),
+            torch.zeros(self.num_classes),
+        )
         for _, target, labels in self._chunks():
             total.index_add_(0, target, labels.double())
             count += torch.bincount(target, minlength=self.num_classes)
@@ -209,7 +212,9 @@ class SoftLabelCallback(MethodCallback):
         for rows, target, labels in self._chunks():
             label[rows.numpy()] = labels.argmax(1).numpy()
             given[rows.numpy()] = labels.gather(1, target[:, None]).squeeze(1).numpy()
-        return {"soft_label": pd.array(label, dtype="Int64").where(label >= 0), "soft_label_given": given}
+        column = pd.array(label, dtype="Int64")
+        column[label < 0] = pd.NA
+        return {"soft_label": column, "soft_label_given": given}
 
     def matrices(self) -> dict[str, pd.DataFrame]:
         """:meth:`label_matrix`."""
@@ -223,10 +228,10 @@ class SoftLabelCallback(MethodCallback):
         """
         if "true_label" not in rows or "soft_label_last" not in rows:
             return {}
-        seen = rows[rows["soft_label_last"].notna()]
-        right = (seen["soft_label_last"] == seen["true_label"]).to_numpy(dtype=bool)
-        parts = {"labels_right_last": np.ones_like(right)}
+        learned = rows["soft_label_last"].to_numpy(dtype=np.float64, na_value=np.nan)
+        right, seen = learned == rows["true_label"].to_numpy(dtype=np.float64), ~np.isnan(learned)
+        parts = {"labels_right_last": seen}
         if "is_corrupt" in rows:
-            corrupt = seen["is_corrupt"].to_numpy(dtype=bool)
-            parts |= {"labels_recovered_last": corrupt, "labels_kept_last": ~corrupt}
+            corrupt = rows["is_corrupt"].to_numpy(dtype=bool)
+            parts |= {"labels_recovered_last": seen & corrupt, "labels_kept_last": seen & ~corrupt}
         return {name: float(right[part].mean()) for name, part in parts.items() if part.any()}

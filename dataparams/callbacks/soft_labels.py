@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from dataparams.callbacks.meta import MetaCallback
@@ -81,6 +82,7 @@ class LearnableSoftLabels(SoftLabelCallback, MetaCallback):
         self.lr = RATES[update] if lr is None else lr
         self.prior = prior
         super().__init__(num_classes, level, **options)
+        self.try_out()
 
     def make_optimizer(self, table: ParameterTable) -> RowOptimizer:
         """The update rule; members of a class in a batch are summed."""
@@ -93,6 +95,25 @@ class LearnableSoftLabels(SoftLabelCallback, MetaCallback):
     def stages(self) -> list[Stage]:
         """Replace the losses by those of the soft labels."""
         return [_SoftLabels(self)]
+
+    def given_classes(self, call: LossCall) -> Tensor:
+        """Class indices, ``(B,)``, 0 where ignored.
+
+        Raises:
+            ValueError: another loss than cross-entropy over one class index a sample, or labels outside the classes.
+        """
+        criterion, given = call.criterion, call.given
+        if criterion.kind not in ("cross_entropy", "nll") or given.is_floating_point() or given.dim() != 1:
+            raise ValueError(
+                f"LearnableSoftLabels needs cross-entropy over one class index a sample, but {criterion.name} was given "
+                f"a target of shape {tuple(given.shape)} and type {given.dtype}"
+            )
+        if call.input.shape[1:] != (self.num_classes,):
+            raise ValueError(
+                f"LearnableSoftLabels has num_classes={self.num_classes}, but {criterion.name} was given logits of shape "
+                f"{tuple(call.input.shape)}"
+            )
+        return torch.where(call.valid, given, torch.zeros_like(given))
 
 
 class _SoftLabels:
@@ -110,7 +131,8 @@ class _SoftLabels:
         method = self.method
         given = method.given_classes(call)
         index = call.index if method.level == "instance" else given
-        labels = method.labels_of(method.table.read(index.to(method.table.values.device)).to(call.input.device), given)
+        offsets = method.offsets
+        labels = method.labels_of(offsets.read(index.to(offsets.values.device)).to(call.input.device), given)
         weight = call.criterion.weight
         log_probs = call.input.float().log_softmax(1) if call.input.element_size() < 4 else call.input.log_softmax(1)
         call.losses = soft_cross_entropy(log_probs, labels.to(log_probs.dtype), weight) * call.valid
@@ -134,6 +156,6 @@ class _SoftLabels:
                 gradient = logit_gradient(labels.to(gradient.dtype), gradient)
             else:
                 gradient = centered(gradient)
-            method.push(method.table, index, gradient.detach(), call.valid)
+            method.push(offsets, index, gradient.detach(), call.valid)
 
         lookahead.watch(call, read, same=True)

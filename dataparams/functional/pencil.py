@@ -7,8 +7,8 @@
     L   = L_c / c + alpha L_o + beta L_e / c               with c classes;  u_i <- u_i - lambda dL/du_i
 
 Source: K. Yi and J. Wu, "Probabilistic End-to-end Noise Correction for Learning with Noisy Labels", CVPR 2019, section
-3. The released code takes the logarithm of softmax(y_i) for that of y_i in L_o; here it is the paper's. With alpha c = 1
-(0.1 and ten classes) the paper's L_o lets a label come to rest halfway between the given class and the prediction.
+3. The released code has the logarithm of softmax(y_i) in L_o; here it is that of y_i, as in the paper. With alpha c = 1
+(0.1 and ten classes) this L_o lets a label come to rest halfway between the given class and the prediction.
 """
 
 from __future__ import annotations
