@@ -135,7 +135,7 @@ def base_positions(dataset: Any) -> list[int] | None:
 
 def wrapped_sampler(sampler: Any) -> Any:
     """The user's sampler that Lightning divides among processes, or None."""
-    return sampler.dataset._sampler if isinstance(sampler, DistributedSamplerWrapper) else None
+    return getattr(sampler.dataset, "_sampler", None) if isinstance(sampler, DistributedSamplerWrapper) else None
 
 
 @dataclass(frozen=True)
@@ -273,6 +273,11 @@ class IndexTracker:
         else:
             self.row_ids = RowIds(num_rows, known, growing)
         return self.row_ids.num_rows
+
+    @property
+    def num_loaders(self) -> int:
+        """Training loaders of this fit, once settled."""
+        return len(self._loaders)
 
     @property
     def growing(self) -> bool:

@@ -167,6 +167,13 @@ def test_the_mean_counts_a_row_once_however_often_it_occurs():
     torch.testing.assert_close(table.values, expected, rtol=0, atol=1e-14)
 
 
+def test_gradients_whose_sum_overflows_still_have_a_mean():
+    table = ParameterTable(3)
+    push(table, torch.arange(3), torch.tensor([3e38, -3e38, 0.0]))
+    RowScaleFree([table], lr=1.0).step()
+    assert table.values.tolist() == pytest.approx([-math.tanh(1.5), math.tanh(1.5), 0])
+
+
 @pytest.mark.parametrize("rule", ["tanh", "sign", "max"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(rule, bad):

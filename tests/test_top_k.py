@@ -104,6 +104,17 @@ def test_what_was_read_is_written_back_bit_for_bit(dtype):
         assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_the_shared_value_of_many_classes_does_not_drift():
+    """A mean of 997 equal numbers is not always that number."""
+    table = TopKTable(20, 1000, 3)
+    table.write(torch.arange(20), torch.randn(20, 1000, generator=torch.Generator().manual_seed(0)))
+    before = table.rest.clone()
+    assert before.unique().numel() == 20
+    for _ in range(5):
+        table.write(torch.arange(20), table.read(torch.arange(20)))
+    assert torch.equal(table.rest, before)
+
+
 def test_rows_that_were_not_visited_and_steps_that_are_not_finite_change_no_bit():
     table = filled()
     before = {name: tensor.clone() for name, tensor in table.state_dict().items()}

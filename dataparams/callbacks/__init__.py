@@ -3,6 +3,7 @@
 from dataparams.callbacks.base import MethodCallback
 from dataparams.callbacks.baselines import ELR, GCE, LabelSmoothing, SuperLoss
 from dataparams.callbacks.data_parameters import DataParameters
+from dataparams.callbacks.finetune_meta import FineTuneMeta
 from dataparams.callbacks.instance_learning_rates import InstanceLearningRates
 from dataparams.callbacks.pencil import Pencil
 from dataparams.callbacks.soft_labels import LearnableSoftLabels
@@ -12,6 +13,7 @@ __all__ = [
     "ELR",
     "GCE",
     "DataParameters",
+    "FineTuneMeta",
     "InstanceLearningRates",
     "LabelSmoothing",
     "LearnableSoftLabels",

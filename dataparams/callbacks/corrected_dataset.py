@@ -10,9 +10,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dataparams.callbacks.meta import TARGET_NAMES
 from dataparams.ids import IndexKey, RowIds, read_ids
-
-TARGET_NAMES = ("y", "target", "targets", "label", "labels")
 
 
 class CorrectedDataset(Dataset):
@@ -22,8 +21,8 @@ class CorrectedDataset(Dataset):
         dataset: map-style.
         labels: by row: classes ``(N,)`` int64, -1 where unknown, or distributions ``(N, K)``, NaN where unknown.
         start: for distributions, ``(K, K)``: what stands for a class whose sample has no learned label. None: classes.
-        target_key: dictionary key or tuple position of the target; None: position 1, or the one of the usual names that
-            a dictionary has.
+        target_key: dictionary key or tuple position of the target; None: the second position beside the id's, or the
+            one of the usual names that a dictionary has.
         index_key: where a sample holds its id: dictionary key, tuple position or function of the sample. None: rows
             are positions.
         row_ids: from ids to rows.
@@ -76,7 +75,7 @@ class CorrectedDataset(Dataset):
                 return keys[0]
             has = f"keys {sorted(map(str, sample))}"
         elif isinstance(sample, Sequence):
-            key = 1 if self.target_key is None else self.target_key
+            key = self._second(len(sample)) if self.target_key is None else self.target_key
             if isinstance(key, int) and -len(sample) <= key < len(sample):
                 return key
             has = f"{len(sample)} positions"
@@ -86,6 +85,11 @@ class CorrectedDataset(Dataset):
             f"target_key={self.target_key!r} does not say where the target is in a sample, which has {has}; give a "
             "dictionary key or a tuple position"
         )
+
+    def _second(self, length: int) -> int:
+        """The second position that does not hold the id."""
+        key = self.index_key
+        return 2 if isinstance(key, int) and length > 2 and key % length < 2 else 1
 
     def _label(self, learned: Tensor, own: Any) -> Any:
         if self.start is not None:

@@ -11,7 +11,9 @@ When it helps: whenever some right labels are at hand. It knows what :class:`Ins
 :class:`LearnableSoftLabels` know, takes as many updates as plain training, and costs nothing on top. When it does not:
 the meta set is small against the model, and the last epochs memorise it.
 
-Suggested settings: the defaults. Works with: every other method, which trains as usual until the fine-tuning begins;
+Suggested settings: the defaults, chosen by noisy-validation accuracy on two seeds of digits that no table uses: it
+must begin before wrong labels are memorised, at a rate that still moves the model (a fifth of the epochs at a tenth of
+the rate ends 7 points lower). Works with: every other method, which trains as usual until the fine-tuning begins;
 its rows and the training dynamics then stand still.
 
 Source: none; the usual recipe.
@@ -38,8 +40,8 @@ class FineTuneMeta(MetaCallback):
 
     Args:
         epochs: length of the fine-tuning: a share of ``max_epochs``, float in (0, 1), rounded to at least one epoch;
-            or a number of epochs, int of at least 1. Default 0.2.
-        lr_factor: positive; default 0.1.
+            or a number of epochs, int of at least 1. Default 0.6.
+        lr_factor: positive; default 0.3.
         **options: those of :class:`dataparams.callbacks.meta.MetaCallback`. ``meta``, ``meta_fraction``,
             ``meta_batch_size`` and ``seed`` say what to fine-tune on; the others matter to a meta-learned method beside
             this one, which must agree.
@@ -49,7 +51,7 @@ class FineTuneMeta(MetaCallback):
             ``max_epochs``, or with no more of them than there are to fine-tune.
     """
 
-    def __init__(self, epochs: float = 0.2, lr_factor: float = 0.1, **options: Any) -> None:
+    def __init__(self, epochs: float = 0.6, lr_factor: float = 0.3, **options: Any) -> None:
         super().__init__(**options)
         whole = isinstance(epochs, int)
         if isinstance(epochs, bool) or not (epochs >= 1 if whole else 0 < epochs < 1):

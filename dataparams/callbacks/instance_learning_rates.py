@@ -84,7 +84,9 @@ class InstanceLearningRates(MetaCallback):
         if level not in ("instance", "class"):
             raise ValueError(f"level must be 'instance' or 'class', got {level!r}")
         if level == "class" and (num_classes is None or num_classes < 1):
-            raise ValueError(f"level='class' learns a factor per class: give num_classes=, at least 1 (got {num_classes})")
+            raise ValueError(
+                f"level='class' learns a factor per class: give num_classes=, at least 1 (got {num_classes})"
+            )
         if update not in RATES:
             raise ValueError(f"update must be one of {', '.join(RATES)}, got {update!r}")
         low, high = (float(b) for b in bounds or (0.0, 3.0))
@@ -167,8 +169,8 @@ class InstanceLearningRates(MetaCallback):
             counted = valid.to(device)
             total += torch.stack(((self.table.read(index.to(device)) * counted).sum(), counted.sum()))
         if dist.is_available() and dist.is_initialized():
-            assert self._session is not None and self._session.lookahead is not None
-            shared = total.to(self._session.lookahead.device)
+            assert self._session is not None
+            shared = total.to(self._session.device)
             dist.all_reduce(shared)
             total = shared.to(device)
         mean = torch.where(total[1] > 0, total[0] / total[1].clamp(min=1), self.mean)
@@ -221,15 +223,31 @@ class _Weights:
 
         def read(tangent: Tensor) -> None:
             if method.update == "cosine":
-                gradient = -alignment(logit_gradient, tangent)
+                gradient = -alignment(logit_gradient(), tangent)
             else:
-                products = sample_products(logit_gradient, tangent)
-                gradient = learning_rate_gradient(products, call.share(losses.numel()), mean)
+                products = sample_products(logit_gradient(), tangent)
+                share = 1.0 if weighted else call.share(losses.numel())
+                gradient = learning_rate_gradient(products, share, mean)
             method.push(method.table, index, gradient, call.valid)
             method._seen.append((index, call.valid))
 
         output = lookahead.watch(call, read)
-        gradients = torch.autograd.grad(losses.sum(), output, retain_graph=True, allow_unused=True)
-        if gradients[0] is None:  # another forward pass than the last one led here
-            gradients = torch.autograd.grad(losses.sum(), call.logits, retain_graph=True)
-        logit_gradient = gradients[0].detach()
+        # Without a reduction the user weighs the elements, in a way that back-propagation will tell.
+        weighted = call.criterion.reduction == "none"
+        found: list[Tensor] = []
+
+        def logit_gradient() -> Tensor:
+            return found[0]
+
+        def differentiate() -> None:
+            upstream = torch.ones_like(losses)
+            if weighted:
+                assert call.upstream is not None
+                upstream = call.upstream.reshape(losses.shape).to(losses.dtype)
+            (gradient,) = torch.autograd.grad(losses, output, upstream, retain_graph=True)
+            found.append(gradient.detach())
+
+        if weighted:
+            call.reached.append(differentiate)
+        else:
+            differentiate()

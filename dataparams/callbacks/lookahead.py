@@ -7,27 +7,23 @@ share it: each gets the logits' derivatives along the meta gradient.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torchmetrics import Metric
 
-from dataparams.callbacks.hooks import is_compiled
+from dataparams.callbacks.meta_checks import check_meta_set
+from dataparams.callbacks.network import ForwardPass, Network, alike, full
 from dataparams.callbacks.preconditioner import update_derivatives
-from dataparams.functional.lookahead import Mode, inner_products
+from dataparams.functional.lookahead import Mode
 from dataparams.objective import Criterion, LossCall
-from dataparams.randomness import RandomState, isolated, mixed
+from dataparams.randomness import RandomState, mixed
 from dataparams.sampling import MetaBatches
 
 if TYPE_CHECKING:
@@ -35,16 +31,6 @@ if TYPE_CHECKING:
 
 META_FORWARD = 4  # a use of the seed
 ReadInput = Callable[[Any], Any]
-
-
-@dataclass(eq=False)
-class ForwardPass:
-    """One forward pass of the network inside a training step: enough to repeat it."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    random: RandomState
-    output: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -62,30 +48,7 @@ class Step:
 
     before: dict[str, Tensor]
     window: list[Entry]
-    derivatives: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Network(nn.Module):
-    """The user's module as a function from inputs to logits, for ``functional_call``."""
-
-    def __init__(self, module: L.LightningModule, logits: str | Callable[..., Any] | None) -> None:
-        super().__init__()
-        self.module = module
-        self.logits = logits
-        watched = module if logits is None else module.get_submodule(logits) if isinstance(logits, str) else None
-        self.__dict__["watched"] = watched  # not a second submodule: every parameter keeps one name
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Logits."""
-        if callable(self.logits):
-            return self.logits(self.module, *args, **kwargs)
-        return self.__dict__["watched"](*args, **kwargs)
-
-
-def _full(value: Tensor) -> Tensor:
-    """At least single precision: gradients near convergence underflow in half precision."""
-    half = value.is_floating_point() and value.element_size() < 4
-    return value.float() if half else value
+    derivatives: dict[str, Tensor | float] = field(default_factory=dict)
 
 
 class LookAhead:
@@ -121,7 +84,7 @@ class LookAhead:
     ) -> None:
         self._session = weakref.ref(session)
         self.trainer = trainer
-        self.network = Network(module, logits)
+        self.network = Network(module, logits, trainer.strategy.root_device)
         self.batches = batches
         self.read_input = read_input
         self.read_target = read_target
@@ -130,7 +93,6 @@ class LookAhead:
         self.seed = seed
         self.members = list(members)
         self.device = trainer.strategy.root_device
-        self.metrics: list[Metric] = [m for m in module.modules() if isinstance(m, Metric)]
         self._passes: list[ForwardPass] = []
         self._batch: Any = None
         self._start = RandomState.now(self.device)
@@ -161,10 +123,11 @@ class LookAhead:
                 if matching is not None and isinstance(output, Tensor):
                     matching.output = output
 
-        watched = self.network.__dict__["watched"]
+        watched = self.network.watched
+        hooks: tuple[Any, Any] = before, after
         if watched is not None:
-            self._handles.append(watched.register_forward_pre_hook(before, with_kwargs=True))
-            self._handles.append(watched.register_forward_hook(after, with_kwargs=True))
+            self._handles.append(watched.register_forward_pre_hook(hooks[0], with_kwargs=True))
+            self._handles.append(watched.register_forward_hook(hooks[1], with_kwargs=True))
 
         def stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             ahead = ref()
@@ -202,10 +165,11 @@ class LookAhead:
         Args:
             call: of the user's criterion.
             read: gets a tensor of the logits' shape.
-            same: what the criterion was called with must be what the network returned.
+            same: what the criterion was called with must be what the network returned; with a meta set it must be in
+                any case, for the meta loss goes from one to the other.
 
         Raises:
-            ValueError: the first time, where the logits are not those of ``forward(x)``.
+            ValueError: the first time, where the logits are not those of ``forward(x)``, or the meta set will not do.
 
         Returns:
             The network's output below this loss, to differentiate through; the loss's own input where no forward pass
@@ -214,8 +178,10 @@ class LookAhead:
         self._criterion = call.criterion
         forward = self._forward_of(call)
         if not self._compared:
+            self._compare(call, forward, same or self.batches is not None)
+            if self.batches is not None:
+                check_meta_set(self.batches, self.read_target, call)
             self._compared = True
-            self._compare(call, forward, same)
 
         def reached() -> None:
             entry = next((entry for entry in self._window if entry.call is call), None)
@@ -231,31 +197,39 @@ class LookAhead:
         for forward in done:
             if forward.output is call.logits:
                 return forward
+        if len(done) == 1:
+            return done[0]
         if done:
-            return done[-1]
+            raise ValueError(
+                f"the network ran {len(done)} times in a training step, and what {call.criterion.name} was called with "
+                "is none of its outputs, so that the one to differentiate cannot be told; give the loss the network's "
+                "output as it is, or name the submodule with logits='...'"
+            )
         # The network was not called as such: its input is the batch's, its random numbers started with the step.
         forward = ForwardPass((self.read_input(self._batch),), {}, self._start)
         self._passes.append(forward)
         return forward
 
     def _compare(self, call: LossCall, forward: ForwardPass, same: bool) -> None:
-        """Once: a network that was not called as such, or on another input, would be differentiated in silence."""
-        if forward.output is not None and (not same or forward.output is call.logits):
-            return
-        output = forward.output
-        if output is None:
-            with self.untouched(forward.random), torch.no_grad():
-                output = self.output({}, forward.args, forward.kwargs)
-        logits, found = call.logits.detach().float(), output.detach().float()
-        # Half precision and TF32 in the training step, single precision here.
-        if logits.shape == found.shape and bool((logits - found).abs().max() <= 0.02 * (1e-3 + logits.abs().max())):
-            return
-        raise ValueError(
-            f"{call.criterion.name} was called with logits of shape {tuple(logits.shape)} that are not those of "
-            f"forward(x) on the batch's input, {tuple(found.shape)}. Call the network as self(x) in training_step, or "
-            "name the submodule that is called with logits='...'; what happens between network and loss must keep the "
-            "logits as they are"
-        )
+        """Once: a pass that is not what training_step did would be differentiated in silence."""
+        with self._silent(), self.network.untouched(forward.random), torch.no_grad():
+            again = self.network.at({}, forward.args, forward.kwargs)
+        # In half precision dropout may draw another mask than in the single precision of a look-ahead.
+        exact = call.logits.element_size() >= 4 and not torch.is_autocast_enabled(self.device.type)
+        name, network = call.criterion.name, self.network.name
+        if forward.output is not None and not alike(forward.output, again, exact):
+            raise ValueError(
+                f"{network} does not give the same again on the same input, weights and random numbers, so that it "
+                "cannot be differentiated: does it change its input in place, or read a buffer that it moves?"
+            )
+        seen = again if forward.output is None else forward.output
+        if (same or forward.output is None) and seen is not call.logits and not alike(seen, call.logits, exact):
+            raise ValueError(
+                f"{name} was called with logits of shape {tuple(call.logits.shape)} that are not those of {network} on "
+                f"the batch's input, {tuple(seen.shape)}. Call the network as self(x) in training_step, or name the "
+                "submodule that is called with logits='...'; what happens between network and loss belongs into "
+                "logits=lambda module, x: ..."
+            )
 
     # -- the model's step ------------------------------------------------------------------------------------------
 
@@ -268,83 +242,48 @@ class LookAhead:
         """Gradients are complete and unscaled, the weights not yet stepped."""
         if self.batches is None and self._waiting is not None:
             step, self._waiting = self._waiting, None
-            gradient = {name: p.grad for name, p in self._moving().items() if p.grad is not None}
-            self._look(step, {name: _full(value.detach()) for name, value in gradient.items()})
+            gradient = {name: p.grad for name, p in self.network.moving().items() if p.grad is not None}
+            self._look(step, {name: full(value.detach()) for name, value in gradient.items()})
         window, self._window = self._window, []
         self._step = None
         if self.due and (window or self.trainer.world_size > 1):
-            before = {name: _full(p.detach()).clone() for name, p in self._moving().items()}
+            before = {name: full(p.detach()).clone() for name, p in self.network.moving().items()}
             self._step = Step(before, window)
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         step, self._step = self._step, None
         if step is None:
             return
-        step.derivatives = update_derivatives(optimizer, self._moving(), step.before)
+        step.derivatives = update_derivatives(optimizer, self.network.moving(), step.before)
         if self.batches is None:
             self._waiting = step
         else:
             self._look(step, self._meta_gradient(step))
-
-    def _moving(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
     def _look(self, step: Step, gradient: dict[str, Tensor]) -> None:
         direction = {
             name: derivative * gradient[name] for name, derivative in step.derivatives.items() if name in gradient
         }
         for entry in step.window:
-            tangent = self.tangent(entry.forward, step.before, direction)
+            with self._silent():
+                tangent = self.network.tangent(entry.forward, step.before, direction, self.mode)
             for read in entry.readers:
                 read(tangent)
         for finish in self.members:
             finish()
 
-    # -- passes that leave no trace --------------------------------------------------------------------------------
-
     @contextmanager
-    def untouched(self, random: RandomState | None = None, seed: int | None = None) -> Iterator[None]:
-        """Running statistics apart, whatever a pass inside touches is put back: random state, logs, metrics."""
-        session, module = self._session(), self.network.module
+    def _silent(self) -> Iterator[None]:
+        """Losses computed inside are not the user's."""
+        session = self._session()
         active = session.active if session is not None else False
-        states = [(metric, copy.deepcopy(metric.__dict__)) for metric in self.metrics]
-        module.__dict__["log"] = module.__dict__["log_dict"] = _nothing
-        set_stance = getattr(torch.compiler, "set_stance", None)
-        eagerly = set_stance("force_eager") if set_stance is not None and is_compiled(module) else nullcontext()
         try:
             if session is not None:
                 session.active = False
-            with isolated(self.device, seed), eagerly, sdpa_kernel([SDPBackend.MATH]):
-                if random is not None:
-                    random.restore(self.device)
-                with torch.autocast(self.device.type, enabled=False):
-                    yield
+            yield
         finally:
-            del module.__dict__["log"], module.__dict__["log_dict"]
-            for metric, state in states:
-                metric.__dict__.clear()
-                metric.__dict__.update(state)
             if session is not None:
                 session.active = active
-
-    def output(self, parameters: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The network at these parameters, on copies of its buffers."""
-        buffers = {name: _full(value.detach()).clone() for name, value in self.network.named_buffers()}
-        fixed = {n: _full(p.detach()) for n, p in self.network.named_parameters() if n not in parameters}
-        args, kwargs = apply_to_collection((args, kwargs), Tensor, _full)
-        return functional_call(self.network, {**buffers, **fixed, **parameters}, args, kwargs)
-
-    def tangent(
-        self, forward: ForwardPass, parameters: dict[str, Tensor], direction: dict[str, Tensor], mode: Mode | None = None
-    ) -> Tensor:
-        """d/de of the network's output at ``parameters + e * direction``, for one forward pass of the training."""
-
-        def logits(point: dict[str, Tensor]) -> Tensor:
-            forward.random.restore(self.device)
-            return self.output(point, forward.args, forward.kwargs)
-
-        with self.untouched():
-            return inner_products(logits, parameters, direction, mode or self.mode)
 
     def _meta_gradient(self, step: Step) -> dict[str, Tensor]:
         """Gradient of the mean loss of the next meta batch, over all processes, at the weights as they are."""
@@ -353,19 +292,21 @@ class LookAhead:
         assert session is not None
         number = self.batches.drawn
         seed = mixed(self.seed, META_FORWARD, number, self.trainer.global_rank)
-        parameters = {name: _full(p.detach()).requires_grad_() for name, p in self._moving().items()}
+        parameters = {name: full(p.detach()).requires_grad_() for name, p in self.network.moving().items()}
         batch = self.batches.next()
-        with self.untouched(seed=seed):
+        with self._silent(), self.network.untouched(seed=seed):
             batch = session.tracker.to_device(self.trainer, batch)
             with torch.enable_grad():
-                output = self.output(parameters, (self.read_input(batch),), {})
+                output = self.network.at(parameters, (self.read_input(batch),), {})
                 total, count = self._sum_of_losses(output, self.read_target(batch))
                 gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         found = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters.values(), gradients, strict=True)]
         if self.trainer.world_size > 1:
             flat = torch.cat([*(g.flatten() for g in found), count.to(found[0]).reshape(1)])
             dist.all_reduce(flat)
-            found = [part.view_as(g) for part, g in zip(flat[:-1].split([g.numel() for g in found]), found, strict=True)]
+            found = [
+                part.view_as(g) for part, g in zip(flat[:-1].split([g.numel() for g in found]), found, strict=True)
+            ]
             count = flat[-1]
         return {name: g / count for name, g in zip(parameters, found, strict=True)}
 
@@ -377,10 +318,6 @@ class LookAhead:
         losses = call.elementwise()
         count = call.divisor() if call.counts_classes else torch.tensor(losses.numel(), device=losses.device)
         return losses.sum(), count
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """In place of ``module.log`` during a pass that is not a training step."""
 
 
 def _same(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from dataparams.callbacks.base import MethodCallback
 from dataparams.callbacks.lookahead import LookAhead
-from dataparams.callbacks.lookahead_checks import check_meta_set, check_network
+from dataparams.callbacks.lookahead_checks import check_network
 from dataparams.functional.lookahead import Mode
 from dataparams.ids import IndexKey
 from dataparams.index import wrapped_sampler
-from dataparams.sampling import MetaBatches, draw_held_out, loader_without
+from dataparams.sampling import MetaBatches, draw_held_out, loader_without, trained_positions
 from dataparams.tables import ParameterTable, Visit
 
 Meta = Literal["split", "next_batch"] | DataLoader
@@ -51,7 +51,10 @@ def read_part(batch: Any, key: IndexKey | None, names: Sequence[str], place: int
             return batch[found[0]]
         has = f"keys {sorted(map(str, batch))}"
     elif isinstance(batch, Sequence) and not isinstance(batch, str):
-        places = [i for i in range(len(batch)) if not (type(skip) is int and i == skip % max(len(batch), 1))]
+        size, fields = len(batch), getattr(batch, "_fields", ())  # of a named tuple
+        skip = fields.index(skip) if isinstance(skip, str) and skip in fields else skip
+        taken = skip % size if type(skip) is int and -size <= skip < size else None
+        places = [i for i in range(size) if i != taken]
         if isinstance(key, int) and -len(batch) <= key < len(batch):
             return batch[key]
         if key is None and place < len(places):
@@ -139,12 +142,11 @@ class MetaCallback(MethodCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Join; find the meta set, or have the split taken out of the training loader."""
-        if stage == "fit":
-            if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-                raise ValueError(
-                    f"{type(self).__name__} needs the whole network in each process; "
-                    f"{type(trainer.strategy).__name__} divides it. Use one device or strategy='ddp'"
-                )
+        if stage == "fit" and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ValueError(
+                f"{type(self).__name__} needs the whole network in each process; {type(trainer.strategy).__name__} "
+                "divides it. Use one device or strategy='ddp'"
+            )
         super().setup(trainer, pl_module, stage)
         if stage != "fit" or self._session is None:
             return
@@ -157,7 +159,7 @@ class MetaCallback(MethodCallback):
                     f"{other!r} and {value!r}"
                 )
         self._checked = False
-        loader = self.meta if isinstance(self.meta, DataLoader) else None
+        loader: Any = self.meta if isinstance(self.meta, DataLoader) else None
         own = getattr(getattr(trainer, "datamodule", None), "meta_dataloader", None)
         if self.meta == "split" and callable(own):
             loader = own()
@@ -181,8 +183,10 @@ class MetaCallback(MethodCallback):
 
     def _hold_out(self, loader: Any, trainer: L.Trainer) -> Any:
         dataset = getattr(loader, "dataset", None)
-        if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) or not hasattr(
-            dataset, "__len__"
+        if (
+            not isinstance(loader, DataLoader)
+            or isinstance(dataset, IterableDataset)
+            or not hasattr(dataset, "__len__")
         ):
             raise ValueError(
                 "meta='split' needs a map-style training data set, from which samples can be held out; give "
@@ -193,11 +197,13 @@ class MetaCallback(MethodCallback):
         members = [member for member in self._session.members if isinstance(member, MetaCallback)]
         positions = next((m.meta_positions for m in members if m.meta_positions is not None), None)
         if positions is None:
-            positions = draw_held_out(count, self.meta_options["meta_fraction"], self.meta_options["seed"])
+            candidates = trained_positions(loader, wrapped_sampler)
+            positions = draw_held_out(candidates, self.meta_options["meta_fraction"], self.meta_options["seed"])
         elif len(positions) and int(positions.max()) >= count:
             raise ValueError(
-                f"the meta split was drawn from more samples than the training data has now ({count}); train on the "
-                "same data set, or start anew with a new callback and without the checkpoint"
+                f"the meta split was drawn from more samples than this training loader has ({count}); train on the "
+                "same data set, or start anew with a new callback and without the checkpoint. With several training "
+                "loaders give meta=DataLoader(...)"
             )
         source = DataLoader(
             Subset(dataset, positions.tolist()),  # type: ignore[arg-type]
@@ -207,6 +213,8 @@ class MetaCallback(MethodCallback):
         kept = loader_without(loader, positions, wrapped_sampler)
         for member in members:
             member.meta_positions = positions
+        if self._leader()._batches is not None:  # a reload: the stream of meta batches goes on
+            return kept
         self._leader()._batches = self._make_batches(source, trainer, (loader.batch_size or 1) * trainer.world_size)
         rank_zero_info(
             f"{type(self).__name__}: {len(positions):,} of {count:,} training samples are held out as the meta set; "
@@ -220,6 +228,11 @@ class MetaCallback(MethodCallback):
         session = self._session
         if session is None or session.lookahead is not None:
             return
+        if session.tracker.without is not None and session.tracker.num_loaders > 1:
+            raise ValueError(
+                "meta='split' holds samples out of one training loader, and there are several; give "
+                "meta=DataLoader(...)"
+            )
         leader, options = self._leader(), self.meta_options
         members = [member for member in session.members if isinstance(member, MetaCallback)]
         if leader._batches is not None:
@@ -244,9 +257,7 @@ class MetaCallback(MethodCallback):
             return
         lookahead = self._session.lookahead
         if not self._checked:
-            output = check_network(lookahead, self.read_input(batch), self.read_target(batch))
-            if lookahead.batches is not None:
-                check_meta_set(lookahead.batches, self.read_target, output, self.read_target(batch))
+            check_network(lookahead.network, self.read_input(batch), self.read_target(batch), lookahead.mode)
             self._checked = True
         lookahead.begin(batch)
 

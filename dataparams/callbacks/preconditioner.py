@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -14,7 +13,7 @@ from dataparams.functional.lookahead import adam_derivative, sgd_derivative
 
 def update_derivatives(
     optimizer: Optimizer, parameters: Mapping[str, Tensor], before: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor | float]:
     """f = -d theta' / d g for the parameters that ``optimizer`` has just stepped; scalars or of their shape.
 
     Exact for SGD (momentum, Nesterov), Adam and AdamW (AMSGrad); for others the group's learning rate, as if they were
@@ -33,7 +32,7 @@ def update_derivatives(
             "the look-ahead takes it for SGD with the same learning rate",
             stacklevel=2,
         )
-    derivatives = {}
+    derivatives: dict[str, Tensor | float] = {}
     for name, parameter in parameters.items():
         group = groups.get(id(parameter))
         if group is None or parameter.grad is None:
@@ -45,7 +44,7 @@ def update_derivatives(
             settings = (group["momentum"], group["dampening"], group["nesterov"])
             derivatives[name] = sign * sgd_derivative(group["lr"], *settings)
         else:
-            derivatives[name] = torch.as_tensor(group["lr"])
+            derivatives[name] = group["lr"]
     return derivatives
 
 

@@ -43,6 +43,7 @@ class Session:
         self.lookahead: LookAhead | None = None
         self.active = False
         self._trainer = weakref.ref(trainer)
+        self.device = trainer.strategy.root_device
         self._handles: list[Any] = []
         self._module_calls: list[LossCall] = []
         self._seen: list[tuple[Tensor, Observation]] = []

@@ -185,8 +185,8 @@ class SoftLabelCallback(MethodCallback):
             dataset: the data set that was trained on, map-style.
             soft: targets are distributions ``(K,)`` float32, which takes 4 N K bytes; else classes, in the type of the
                 sample's own target.
-            target_key: where a sample holds its target: dictionary key or tuple position. Default: position 1, or the
-                usual names.
+            target_key: where a sample holds its target: dictionary key or tuple position. Default: the second position
+                beside the id's, or the usual names.
 
         Raises:
             ValueError: a data set of another length, or one whose samples cannot be told.

@@ -105,13 +105,13 @@ class LearnableSoftLabels(SoftLabelCallback, MetaCallback):
         criterion, given = call.criterion, call.given
         if criterion.kind not in ("cross_entropy", "nll") or given.is_floating_point() or given.dim() != 1:
             raise ValueError(
-                f"LearnableSoftLabels needs cross-entropy over one class index a sample, but {criterion.name} was given "
-                f"a target of shape {tuple(given.shape)} and type {given.dtype}"
+                f"LearnableSoftLabels needs cross-entropy over one class index a sample, but {criterion.name} was "
+                f"given a target of shape {tuple(given.shape)} and type {given.dtype}"
             )
         if call.input.shape[1:] != (self.num_classes,):
             raise ValueError(
-                f"LearnableSoftLabels has num_classes={self.num_classes}, but {criterion.name} was given logits of shape "
-                f"{tuple(call.input.shape)}"
+                f"LearnableSoftLabels has num_classes={self.num_classes}, but {criterion.name} was given logits of "
+                f"shape {tuple(call.input.shape)}"
             )
         return torch.where(call.valid, given, torch.zeros_like(given))
 

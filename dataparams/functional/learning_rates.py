@@ -30,7 +30,7 @@ def sample_products(logit_gradient: Tensor, logit_tangent: Tensor) -> Tensor:
     return (logit_gradient.to(logit_tangent.dtype) * logit_tangent).flatten(1).sum(1)
 
 
-def learning_rate_gradient(products: Tensor, share: Tensor, mean: Tensor | float = 1.0) -> Tensor:
+def learning_rate_gradient(products: Tensor, share: Tensor | float, mean: Tensor | float = 1.0) -> Tensor:
     """d M / d alpha_i, where a sample's weight in the loss is alpha_i / mean.
 
     Args:
@@ -45,7 +45,9 @@ def learning_rate_gradient(products: Tensor, share: Tensor, mean: Tensor | float
 
 
 def alignment(logit_gradient: Tensor, logit_tangent: Tensor) -> Tensor:
-    """Cosine between a sample's logit gradient and its logits' change along u, ``(B,)`` in [-1, 1]; 0 where either is 0.
+    """Cosine between a sample's logit gradient and its logits' change along u, ``(B,)`` in [-1, 1].
+
+    0 where either is 0.
 
     Our reading of a cosine update: the angle between gradients in weight space would take a backward pass a sample.
     """

@@ -26,7 +26,7 @@ from torch import Tensor
 
 Mode = Literal["forward", "finite_difference"]
 # Central differences: the error is a sum of rounding, growing with 1 / step, and curvature, growing with step squared.
-RELATIVE_STEP = {torch.float32: 1e-3, torch.float64: 1e-5}
+RELATIVE_STEP = {torch.float32: 1e-4, torch.float64: 1e-6}
 
 
 def inner_products(
@@ -43,7 +43,7 @@ def inner_products(
         parameters: where to differentiate.
         direction: tensors of the parameters' shapes; parameters without one stay fixed.
         mode: ``"forward"`` is exact; ``"finite_difference"`` takes two passes and needs no forward-mode rules. Its step
-            is a thousandth of the parameters' norm (float32).
+            is a ten-thousandth of the parameters' norm (float32).
 
     Returns:
         Of the function's shape. No graph is recorded.
@@ -87,23 +87,25 @@ def _finite_difference(
         )
         # Tensors, so that nothing waits for the device; a direction of zeros is fine.
         length, speed = (torch.where(x > 0, x, torch.ones_like(x)) for x in (length, speed))
-        step = RELATIVE_STEP.get(dtype, 1e-3) * length / speed
+        step = RELATIVE_STEP[dtype] * length / speed
         ahead = function(parameters | {name: value + step * direction[name] for name, value in moving.items()})
         behind = function(parameters | {name: value - step * direction[name] for name, value in moving.items()})
         return (ahead - behind) / (2 * step)
 
 
-def sgd_derivative(lr: float | Tensor, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False) -> Tensor:
+def sgd_derivative(
+    lr: float | Tensor, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False
+) -> float | Tensor:
     """f = -d theta' / d g of SGD: lr, with Nesterov's momentum lr (1 + momentum).
 
     Weight decay and the momentum that was there before do not depend on g. With dampening, the first step (which torch
     does not dampen) is taken like the others.
 
     Returns:
-        Scalar.
+        Scalar, of lr's kind.
     """
     fresh = 1.0 - dampening if momentum else 1.0
-    return torch.as_tensor(lr * (1.0 + momentum) if nesterov else lr * fresh)
+    return lr * (1.0 + momentum) if nesterov else lr * fresh
 
 
 def adam_derivative(

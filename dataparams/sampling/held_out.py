@@ -24,11 +24,11 @@ from dataparams.randomness import mixed
 HELD_OUT = 1  # a use of the seed
 
 
-def draw_held_out(num_samples: int, fraction: float, seed: int) -> Tensor:
-    """Positions of a random split, ascending; the same for the same arguments on every process.
+def draw_held_out(candidates: Tensor, fraction: float, seed: int) -> Tensor:
+    """A random split, ascending; the same for the same arguments on every process.
 
     Args:
-        num_samples: N.
+        candidates: ``(N,)`` positions to draw from.
         fraction: share of N, in (0, 1); at least one sample is drawn and one is left.
         seed: any integer.
 
@@ -36,13 +36,30 @@ def draw_held_out(num_samples: int, fraction: float, seed: int) -> Tensor:
         ``(M,)`` int64.
 
     Raises:
-        ValueError: fewer than two samples.
+        ValueError: fewer than two candidates.
     """
-    if num_samples < 2:
-        raise ValueError(f"a held-out split needs at least two samples, the training data has {num_samples}")
-    count = min(max(round(fraction * num_samples), 1), num_samples - 1)
-    generator = torch.Generator().manual_seed(mixed(seed, HELD_OUT, num_samples))
-    return torch.randperm(num_samples, generator=generator)[:count].sort().values
+    count = len(candidates)
+    if count < 2:
+        raise ValueError(f"a held-out split needs at least two samples, the training data has {count}")
+    drawn = min(max(round(fraction * count), 1), count - 1)
+    generator = torch.Generator().manual_seed(mixed(seed, HELD_OUT, count))
+    return candidates[torch.randperm(count, generator=generator)[:drawn]].sort().values
+
+
+def trained_positions(loader: DataLoader, unwrap: Callable[[Any], Any] = lambda sampler: None) -> Tensor:
+    """Positions that a training loader can yield, ascending: those that its sampler leaves out are somebody else's.
+
+    Args:
+        loader: over a map-style data set.
+        unwrap: see :func:`loader_without`.
+    """
+    sampler = loader.sampler
+    sampler = unwrap(sampler) or sampler
+    if isinstance(sampler, SubsetRandomSampler):
+        return torch.as_tensor(list(sampler.indices)).unique()
+    if isinstance(sampler, WeightedRandomSampler):
+        return torch.as_tensor(sampler.weights).nonzero().flatten()
+    return torch.arange(len(loader.dataset))  # type: ignore[arg-type]
 
 
 class _Mapped(Sampler[int]):
@@ -92,6 +109,8 @@ def _sampler_without(sampler: Any, kept: list[int], num_samples: int, unwrap: Ca
         mask = torch.zeros(num_samples, dtype=torch.bool)
         mask[kept] = True
         weighted.weights = sampler.weights * mask
+        if not sampler.replacement:
+            weighted.num_samples = min(sampler.num_samples, int((weighted.weights > 0).sum()))
         return weighted
     if isinstance(sampler, DistributedSampler):
         inner = unwrap(sampler)  # a sampler of the user's that Lightning divides among processes
@@ -122,6 +141,11 @@ def loader_without(
         ValueError: batches made by a batch sampler of the user's, or a sampler that samples cannot be taken out of.
     """
     num_samples = len(loader.dataset)  # type: ignore[arg-type]
+    if loader.batch_sampler is None:
+        raise ValueError(
+            "the training loader has batch_size=None: its data set makes the batches, and samples cannot be taken out "
+            "of them; give meta=DataLoader(...), or use meta='next_batch'"
+        )
     if type(loader.batch_sampler) is not BatchSampler:
         raise ValueError(
             f"samples cannot be taken out of batches that a {type(loader.batch_sampler).__name__} makes; hold the meta "

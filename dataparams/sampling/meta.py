@@ -93,9 +93,12 @@ class MetaBatches:
         Raises:
             ValueError: the loader is empty.
         """
+        if self._iterator is None:
+            self._iterator = self._start() if self.seeded else self._around()
+            for number in range(0 if self.seeded else self.drawn):  # what was drawn before, as it was drawn
+                with isolated(CPU, mixed(self.seed, FETCH, number)):
+                    next(self._iterator)
         with isolated(CPU, mixed(self.seed, FETCH, self.drawn)):
-            if self._iterator is None:
-                self._iterator = self._start()
             batch = next(self._iterator)
         self.drawn += 1
         return batch
@@ -131,8 +134,6 @@ class MetaBatches:
         self._iterator = None
 
     def _start(self) -> Iterator[Any]:
-        if not self.seeded:
-            return self._around()
         loader = self.loader
         positions = torch.arange(self.length or 0)
         assert self.batch_size is not None
@@ -153,13 +154,10 @@ class MetaBatches:
         )
 
     def _around(self) -> Iterator[Any]:
-        skip = self.drawn
         while True:
-            number = -1
-            for number, batch in enumerate(self.loader):
-                if skip:
-                    skip -= 1
-                else:
-                    yield batch
-            if number < 0:
+            empty = True
+            for batch in self.loader:
+                empty = False
+                yield batch
+            if empty:
                 raise ValueError("the meta loader gave no batch: it is empty")

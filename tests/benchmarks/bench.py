@@ -12,20 +12,17 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from bench_fits import BATCH, CLASSES, bench_lightning, bench_lookahead
+from torch import nn
 
 from dataparams import DataParameters, ParameterTable, RowSGD
 from dataparams.dynamics import BYTES_PER_ROW, DynamicsTable
 from dataparams.objective import Objective
 from dataparams.tasks import resnet18_cifar
 
-BATCH, CLASSES = 128, 10
 ROUNDS = 7
 
 
@@ -144,88 +141,40 @@ def bench_rows(device: str) -> None:
         print(f"{n:>16.2e} {times['dense']:>10.2f} {times['rows']:>10.2f}")
 
 
-class _Timed(L.Callback):
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.times: list[float] = []
-
-    def on_train_batch_start(self, *args: object) -> None:
-        self._lap()
-
-    def on_train_end(self, *args: object) -> None:
-        self._lap()
-
-    def _lap(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-
-    @property
-    def fastest_ms(self) -> float:
-        laps = torch.tensor(self.times).diff()
-        return float(laps[2:].median()) * 1e3
+def linear_layer() -> nn.Module:
+    """The cheapest step there is."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, CLASSES))
 
 
-class _Module(L.LightningModule):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.criterion = nn.CrossEntropyLoss()
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.criterion(self.network(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
-
-
-def bench_lightning(name: str, network: Callable[[], nn.Module], steps: int, device: str, precision: Any) -> None:
-    """A fit with the callback against the same fit without, in turns."""
-    images, labels = (
-        torch.randn(BATCH * steps, 3, 32, 32),
-        torch.randint(0, CLASSES, (BATCH * steps,)),
-    )
-    best = {"without": float("inf"), "with": float("inf")}
-    for _ in range(3):
-        for variant in best:
-            timed = _Timed(device)
-            callbacks = [timed, *([DataParameters()] if variant == "with" else [])]
-            trainer = L.Trainer(
-                max_epochs=1, callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                enable_model_summary=False, accelerator="gpu" if device == "cuda" else "cpu", precision=precision,
-            )  # fmt: skip
-            trainer.fit(_Module(network()), DataLoader(TensorDataset(images, labels), BATCH, shuffle=True))
-            best[variant] = min(best[variant], timed.fastest_ms)
-    ratio = best["with"] / best["without"]
-    print(
-        f"{name}, batch {BATCH}, {device} {precision}: {best['without']:.2f} ms without, {best['with']:.2f} ms with, "
-        f"ratio {ratio:.3f}"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    bench_rows(options.device)
+def bench_memory() -> None:
+    """Bytes a row."""
     table = DataParameters()
     table._build(1_000_000, torch.device("cpu"))
     state = sum(b.numel() * b.element_size() for o in table.optimizers for s in o.row_state for b in s.values())
     size = sum(t.nbytes for t in table.tables.values()) + state
     print(f"\nmemory: {size / 1e6:.0f} bytes a row for value and momentum, {BYTES_PER_ROW} for training dynamics")
-    print("\nthrough Lightning")
-    for precision in ("32-true", "bf16-mixed", "16-mixed") if options.device == "cuda" else ("32-true",):
-        steps = 60 if options.device == "cuda" else 6
-        bench_lightning("ResNet-18 at 32x32", resnet18_cifar, steps, options.device, precision)
-        bench_lightning(
-            "one linear layer",
-            lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, CLASSES)),
-            100,
-            options.device,
-            precision,
-        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    sections = ["rows", "lightning", "lookahead"]
+    parser.add_argument("--only", nargs="+", choices=sections, default=sections, help="sections (default: all)")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    gpu = options.device == "cuda"
+    if "rows" in options.only:
+        bench_rows(options.device)
+        bench_memory()
+    if "lightning" in options.only:
+        print("\nthrough Lightning")
+        for precision in ("32-true", "bf16-mixed", "16-mixed") if gpu else ("32-true",):
+            bench_lightning("ResNet-18 at 32x32", resnet18_cifar, 60 if gpu else 6, options.device, precision)
+            bench_lightning("one linear layer", linear_layer, 100, options.device, precision)
+    if "lookahead" in options.only:
+        for precision in ("32-true", "bf16-mixed") if gpu else ("32-true",):
+            bench_lookahead(options.device, precision, rounds=10 if gpu else 2)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,29 @@ def fashion_noise(plain: Sequence[Results], method: Sequence[Results]) -> list[C
     ]
 
 
+def digits_meta_rates(plain: Sequence[Results], method: Sequence[Results]) -> list[Check]:
+    """Digits, 40% symmetric, 10% clean meta set: learned learning rates against plain training, paired by seed."""
+    gains = [100 * (m["test_accuracy_last"] - p["test_accuracy_last"]) for p, m in zip(plain, method, strict=True)]
+    return [
+        Check(
+            "AUROC of -alpha at the best epoch, mean",
+            _mean([m["auroc_learning_rate_factor_best"] for m in method]),
+            0.90,
+        ),
+        Check("gain over plain at the last epoch, points, mean", _mean(gains), 10),
+    ]
+
+
+def digits_meta_labels(plain: Sequence[Results], method: Sequence[Results]) -> list[Check]:
+    """Digits, 40% symmetric, 10% clean meta set: learned soft labels at the last epoch."""
+    asked = {
+        "labels_right_last": ("share of right labels, mean", 0.83),
+        "labels_recovered_last": ("recovered among corrupt, mean", 0.65),
+        "labels_kept_last": ("kept among clean, mean", 0.92),
+    }
+    return [Check(name, _mean([m[key] for m in method]), least) for key, (name, least) in asked.items()]
+
+
 CHECKS: dict[str, Callable[[Sequence[Results], Sequence[Results]], list[Check]]] = {
     "digits_noise": digits_noise,
     "fashion_noise": fashion_noise,

@@ -1,4 +1,4 @@
-"""The checks of the evidence tell a working method from four broken ones, on the reference experiment itself."""
+"""The checks of the evidence tell a working method from broken ones, on the reference experiments themselves."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch
 from hydra import compose, initialize_config_module
 
 import dataparams.index
-from dataparams.optim import RowSGD
+from dataparams.optim import RowScaleFree, RowSGD
 from dataparams.train import run
 
 sys.path.insert(0, str(Path(__file__).parent))
-from checks import digits_noise  # benchmarks are scripts, not a package
+from checks import digits_meta_labels, digits_meta_rates, digits_noise  # benchmarks are scripts, not a package
 
 SEED = 0
+META_EPOCHS = 15  # of the evidence's 25: enough to tell
 # Lightning's advice on workers and intervals is for users, who see it from their own runs
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -27,7 +28,7 @@ pytestmark = [
 ]
 
 
-def train(folder: Path, *overrides: str) -> dict[str, Any]:
+def train(folder: Path, *overrides: str, experiment: str = "digits_noise") -> dict[str, Any]:
     with initialize_config_module("dataparams.conf", version_base="1.3"):
         options = [
             f"seed={SEED}",
@@ -36,7 +37,7 @@ def train(folder: Path, *overrides: str) -> dict[str, Any]:
             "trainer.accelerator=cpu",
             f"run_dir={folder}",
         ]
-        return run(compose("config", overrides=["experiment=digits_noise", *options, *overrides]))
+        return run(compose("config", overrides=[f"experiment={experiment}", *options, *overrides]))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def frozen(monkeypatch) -> list[str]:
 
 def flipped_gradient(monkeypatch) -> list[str]:
     update = RowSGD._update
-    monkeypatch.setattr(RowSGD, "_update", lambda self, state, grad, group: update(self, state, -grad, group))
+    monkeypatch.setattr(RowSGD, "_update", lambda self, state, grad, *rest: update(self, state, -grad, *rest))
     return []
 
 
@@ -92,4 +93,45 @@ def test_a_broken_variant_fails(plain, tmp_path, monkeypatch, breaking):
     results = train(tmp_path, "method=data_parameters", *breaking(monkeypatch))
     failed = [check.name for check in digits_noise([plain], [results]) if not check.passed]
     print(breaking.__name__, failed)
+    assert failed
+
+
+META = {"instance_lr": digits_meta_rates, "soft_labels": digits_meta_labels}
+
+
+def train_meta(folder: Path, *overrides: str) -> dict[str, Any]:
+    return train(folder, f"trainer.max_epochs={META_EPOCHS}", *overrides, experiment="digits_meta")
+
+
+@pytest.fixture(scope="module")
+def plain_meta(tmp_path_factory) -> dict[str, Any]:
+    return train_meta(tmp_path_factory.mktemp("plain_meta"), "method=none")
+
+
+def meta_frozen(method: str, monkeypatch) -> list[str]:
+    return [f"callbacks.{method}.lr=0"]
+
+
+def meta_flipped(method: str, monkeypatch) -> list[str]:
+    update = RowScaleFree._update
+    monkeypatch.setattr(RowScaleFree, "_update", lambda self, *arguments: -update(self, *arguments))
+    return []
+
+
+def meta_permuted(method: str, monkeypatch) -> list[str]:
+    return permuted(monkeypatch)
+
+
+@pytest.mark.parametrize("method", META)
+def test_a_working_method_with_a_meta_set_passes_every_check(plain_meta, tmp_path, method):
+    results = train_meta(tmp_path, f"method={method}")
+    assert [check for check in META[method]([plain_meta], [results]) if not check.passed] == []
+
+
+@pytest.mark.parametrize("breaking", [meta_frozen, meta_flipped, meta_permuted], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("method", META)
+def test_a_broken_method_with_a_meta_set_fails(plain_meta, tmp_path, monkeypatch, method, breaking):
+    results = train_meta(tmp_path, f"method={method}", *breaking(method, monkeypatch))
+    failed = [check.name for check in META[method]([plain_meta], [results]) if not check.passed]
+    print(method, breaking.__name__, failed)
     assert failed

@@ -14,6 +14,7 @@ from dataparams.report.plots import (
     by_epoch,
     column_plot,
     detector_plot,
+    histogram_plot,
     matrix_plot,
     roc_curve,
     write_plots,
@@ -129,6 +130,13 @@ def test_curves_hold_the_logged_values(run_dir):
     clean, corrupt, *_ = column_plot(epochs, "log_temperature", 1, "t").axes[0].lines
     np.testing.assert_array_equal(clean.get_ydata(), [0.0, -1.0, -2.0])
     np.testing.assert_array_equal(corrupt.get_ydata(), [0.0, 1.0, 2.0])
+
+
+def test_samples_that_were_never_trained_on_are_in_no_histogram(rows):
+    rows.loc[:9, ["log_temperature", "log_temperature_last"]] = np.nan
+    for known in (rows, rows.drop(columns="is_corrupt")):
+        for axes in histogram_plot(known, "log_temperature", "t").axes:
+            assert sum(bar.get_height() for bar in axes.patches) == 50  # type: ignore[attr-defined]
 
 
 def test_the_roc_curve_equals_sklearns_with_ties_and_missing_scores():

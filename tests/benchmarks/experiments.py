@@ -1,0 +1,168 @@
+"""What ``make evidence`` trains: experiments, the arms compared in each, and the runs they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SEEDS = range(5)
+BASELINES = ("none", "data_parameters", "elr", "gce", "superloss", "label_smoothing")
+DATA = {
+    "digits_noise": None,
+    "digits_meta": None,
+    "digits_meta_few": None,
+    "fashion_noise": "FashionMNIST",
+    "fashion_meta": "FashionMNIST",
+    "cifar10": "cifar10",
+}
+TITLES = {
+    "digits_noise": "Digits, 40% symmetric noise, 40 epochs, batch 32, model rate 0.01",
+    "fashion_noise": "Fashion-MNIST, first 4,000, 40% symmetric noise, 24 epochs, batch 64, model rate 0.03",
+    "cifar10_large": "CIFAR-10, all images from the JPEG pack, 40% symmetric noise, ResNet-18, 84 epochs",
+    "cifar10": "CIFAR-10, the 8,068 lossless images, 40% symmetric noise, small BatchNorm network, 15 epochs",
+    "digits_meta": "Digits, 40% symmetric noise, 10% clean meta set, 25 epochs, batch 32, model rate 0.05",
+    "digits_meta_few": "The same with 2% clean data",
+    "fashion_meta": "Fashion-MNIST, first 4,000, 40% symmetric noise, 10% clean meta set, 24 epochs, batch 64, model "
+    "rate 0.03",
+}
+# With --device gpu: all 50,000 images, the paper's length
+LARGE, LARGE_METHODS = "cifar10_large", ("none", "data_parameters", "elr", "gce")
+EXTRA = {
+    "cifar10": ["data.source=lossless"],
+    LARGE: [
+        "model=resnet18", "data.source=jpeg", "data.augment=true", "trainer.max_epochs=84",
+        "optimizer.lr=0.1", "optimizer.weight_decay=5e-4", "scheduler=multistep",
+    ],
+}  # fmt: skip
+# The grid on which the defaults must do no harm: data, noise and the model's rate vary, data parameters stay untuned.
+HARMLESS_RATES = (0.01, 0.05)
+HARMLESS_NOISE = (0.0, 0.4)
+HARMLESS_EXTRA = {
+    "digits_noise": [],
+    "fashion_noise": ["trainer.max_epochs=12"],
+    "cifar10": ["data.train_size=4000", "data.source=lossless", "trainer.max_epochs=6"],
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run: where it goes and what it overrides."""
+
+    folder: str
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A line of a table: name of its folder, what the table calls it, the method and what it overrides.
+
+    ``beside`` is a second method of the same trainer, as the name in the configuration and its class.
+    """
+
+    name: str
+    title: str
+    method: str
+    overrides: tuple[str, ...] = ()
+    beside: tuple[str, str] | None = None
+
+    def config(self, seed: int) -> tuple[str, ...]:
+        """Overrides of the run with this seed."""
+        added: tuple[str, ...] = ()
+        if self.beside is not None:
+            node = f"+callbacks.{self.beside[0]}"
+            added = (f"{node}._target_={self.beside[1]}", f"{node}.num_classes=10")
+            if self.beside[0] == "soft_labels":  # methods that share a look-ahead share its seed
+                added += (f"{node}.seed={seed}",)
+        return (f"method={self.method}", f"seed={seed}", *self.overrides, *added)
+
+
+PLAIN = Arm("none", "plain training", "none")
+FINETUNE = Arm("finetune_meta", "plain, then fine-tuned on the meta set", "finetune_meta")
+RATES = Arm("instance_lr", "`instance_lr`", "instance_lr")
+LABELS = Arm("soft_labels", "`soft_labels`", "soft_labels")
+NOISY = "data.meta_clean=false"
+META_ARMS = {
+    "digits_meta": (
+        PLAIN,
+        Arm("meta_added", "plain, the meta set added to training", "none", ("data.meta_use=add",)),
+        Arm("meta_only", "plain, the meta set alone", "none", ("data.meta_use=only",)),
+        FINETUNE,
+        RATES,
+        Arm(
+            "instance_lr_free", "`instance_lr`, `normalize=false`", "instance_lr",
+            ("callbacks.instance_lr.normalize=false",),
+        ),
+        LABELS,
+        Arm(
+            "both", "`instance_lr` + `soft_labels`", "instance_lr", (),
+            ("soft_labels", "dataparams.LearnableSoftLabels"),
+        ),
+        Arm(
+            "instance_lr_temperature", "`instance_lr` + `data_parameters`", "instance_lr", (),
+            ("data_parameters", "dataparams.DataParameters"),
+        ),
+        Arm("data_parameters", "`data_parameters` (no meta set)", "data_parameters"),
+        Arm("pencil", "`pencil` (no meta set)", "pencil"),
+        Arm("instance_lr_noisy", "`instance_lr`, **noisy** meta set", "instance_lr", (NOISY,)),
+        Arm("soft_labels_noisy", "`soft_labels`, **noisy** meta set", "soft_labels", (NOISY,)),
+    ),
+    "digits_meta_few": (PLAIN, FINETUNE, RATES, LABELS),
+    "fashion_meta": (PLAIN, FINETUNE, RATES, LABELS),
+}  # fmt: skip
+META_BASE = {
+    "digits_meta": ("experiment=digits_meta",),
+    "digits_meta_few": ("experiment=digits_meta", "data.meta_fraction=0.02"),
+    "fashion_meta": ("experiment=fashion_noise", "data.meta_fraction=0.1", "data.meta_clean=true"),
+}
+
+
+def jobs_of(experiments: Sequence[str], large: bool, seeds: Sequence[int] = SEEDS) -> list[Job]:
+    """Every run of these experiments; ``large`` adds the one that wants a GPU."""
+    reference = [name for name in experiments if name not in META_ARMS]
+    return [
+        *reference_jobs([*reference, *([LARGE] if large else [])], seeds),
+        *meta_jobs([name for name in experiments if name in META_ARMS], seeds),
+        *harmless_jobs(reference, seeds),
+    ]
+
+
+def reference_jobs(experiments: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Every method and seed of the reference experiments, averaged weights beside."""
+    jobs = []
+    for experiment in experiments:
+        name, extra = "cifar10" if experiment == LARGE else experiment, EXTRA.get(experiment, [])
+        for seed in seeds:
+            for method in LARGE_METHODS if experiment == LARGE else BASELINES:
+                overrides = (f"experiment={name}", f"method={method}", f"seed={seed}", "ema=0.995", *extra)
+                jobs.append(Job(f"{experiment}/{method}/seed{seed}", overrides))
+    return jobs
+
+
+def meta_jobs(experiments: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Every arm and seed of the experiments with a meta set."""
+    return [
+        Job(f"{experiment}/{arm.name}/seed{seed}", (*META_BASE[experiment], *arm.config(seed)))
+        for experiment in experiments
+        for seed in seeds
+        for arm in META_ARMS[experiment]
+    ]
+
+
+def harmless_jobs(experiments: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Plain training and the defaults of data parameters on every cell of the grid."""
+    jobs = []
+    for experiment in experiments:
+        for noise in HARMLESS_NOISE:
+            for rate in HARMLESS_RATES:
+                for seed in seeds:
+                    for method in ("none", "data_parameters"):
+                        overrides = (
+                            f"experiment={experiment}", f"method={method}", f"seed={seed}", f"optimizer.lr={rate}",
+                            f"data.noise_rate={noise}", f"data.noise={'symmetric' if noise else 'none'}",
+                            *(["~tuned.data_parameters"] if method == "data_parameters" else []),
+                            *HARMLESS_EXTRA[experiment],
+                        )  # fmt: skip
+                        jobs.append(
+                            Job(f"harmless/{experiment}-noise{noise}-rate{rate}/{method}/seed{seed}", overrides)
+                        )
+    return jobs
