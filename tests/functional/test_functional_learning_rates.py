@@ -68,3 +68,10 @@ def test_alignment_of_small_gradients_near_convergence(scale: float):
     """Single precision: norms far below 1 still make a cosine."""
     left, right = scale * torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.0]])
     assert float(alignment(left, right)) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_one_number_a_sample():
+    """Binary and regression networks that squeeze their output."""
+    left, right = torch.tensor([2.0, -3.0, 0.0]), torch.tensor([0.5, 1.0, 4.0])
+    torch.testing.assert_close(sample_products(left, right), torch.tensor([1.0, -3.0, 0.0]))
+    torch.testing.assert_close(alignment(left, right), torch.tensor([1.0, -1.0, 0.0]))
