@@ -106,10 +106,20 @@ class Network(nn.Module):
 
     def at(self, parameters: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output at these parameters (others as they are), on copies of the buffers; inside :meth:`untouched`."""
-        buffers = {name: full(value.detach()).clone() for name, value in self.named_buffers()}
-        fixed = {name: full(p.detach()) for name, p in self.named_parameters() if name not in parameters}
+        values: dict[int, Tensor] = {}
+        for name, parameter in self.named_parameters():
+            values[id(parameter)] = parameters[name] if name in parameters else full(parameter.detach())
+        for buffer in self.buffers():
+            values[id(buffer)] = full(buffer.detach()).clone()
+        # functional_call loses the parameters of a module that has two names (self.body = self.net.body) unless each
+        # place is named once; tied parameters have several places and one value.
+        places = {
+            f"{prefix}.{name}" if prefix else name: values[id(tensor)]
+            for prefix, module in self.named_modules()
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        }
         args, kwargs = apply_to_collection((args, kwargs), Tensor, full)
-        return functional_call(self, {**buffers, **fixed, **parameters}, args, kwargs)
+        return functional_call(self, places, args, kwargs, tie_weights=False)
 
     def tangent(
         self, forward: ForwardPass, parameters: dict[str, Tensor], direction: dict[str, Tensor], mode: Mode

@@ -27,7 +27,7 @@ def sample_products(logit_gradient: Tensor, logit_tangent: Tensor) -> Tensor:
     Returns:
         ``(B,)``.
     """
-    return (logit_gradient.to(logit_tangent.dtype) * logit_tangent).flatten(1).sum(1)
+    return (logit_gradient.to(logit_tangent.dtype) * logit_tangent).reshape(len(logit_tangent), -1).sum(1)
 
 
 def learning_rate_gradient(products: Tensor, share: Tensor | float, mean: Tensor | float = 1.0) -> Tensor:
@@ -51,5 +51,6 @@ def alignment(logit_gradient: Tensor, logit_tangent: Tensor) -> Tensor:
 
     Our reading of a cosine update: the angle between gradients in weight space would take a backward pass a sample.
     """
-    left, right = logit_gradient.to(logit_tangent.dtype).flatten(1), logit_tangent.flatten(1)
+    size = len(logit_tangent)
+    left, right = logit_gradient.to(logit_tangent.dtype).reshape(size, -1), logit_tangent.reshape(size, -1)
     return torch.nn.functional.cosine_similarity(left, right, dim=1, eps=torch.finfo(right.dtype).tiny ** 0.5)
