@@ -51,9 +51,14 @@ def test_isolated_puts_the_state_back_after_an_error():
     seed_all(1)
     expected = draw()
     seed_all(1)
-    with pytest.raises(KeyboardInterrupt), isolated(CPU, 4):
-        draw()
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with isolated(CPU, 4):
+            draw()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert draw() == expected
 
 

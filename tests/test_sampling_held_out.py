@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from every_method_helpers import Numbered
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -21,6 +22,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from dataparams.index import wrapped_sampler
 from dataparams.sampling import draw_held_out, loader_without, trained_positions
 from dataparams.tasks.loading import EpochSampler
 
@@ -177,10 +179,6 @@ def test_ranks_divide_what_is_kept(shuffle: bool, drop_last: bool):
 
 def test_a_sampler_that_is_divided_among_ranks():
     """What Lightning makes of a user's sampler under several processes."""
-    from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-
-    from dataparams.index import wrapped_sampler
-
     found = []
     for rank in range(2):
         wrapper = DistributedSamplerWrapper(EpochSampler(N, 3), num_replicas=2, rank=rank, shuffle=False)

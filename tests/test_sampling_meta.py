@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     IterableDataset,
     RandomSampler,
     SubsetRandomSampler,
@@ -177,8 +176,6 @@ class Nothing(IterableDataset):
 def test_a_loader_that_yields_nothing_says_so():
     with pytest.raises(ValueError, match="empty"):
         MetaBatches(DataLoader(Nothing(), batch_size=2)).next()
-
-
 
 
 def test_length_where_the_data_set_knows_it():

@@ -79,10 +79,8 @@ class FineTuneMeta(MetaCallback):
         rank_zero_info(f"FineTuneMeta: the meta set alone from epoch {self._first_epoch} on, counted from 0")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on with the meta batches of a checkpoint; watch the optimizers' steps. No look-ahead is needed."""
+        """Watch the optimizers' steps. No look-ahead is needed."""
         MethodCallback.on_train_start(self, trainer, pl_module)
-        if self._batches is not None:
-            self._batches.load_state_dict({"drawn": self._drawn})
 
         def lower(optimizer: Optimizer, *unused: Any) -> None:
             if self._fine_tunes(trainer):

@@ -179,6 +179,7 @@ class MetaCallback(MethodCallback):
         batches = MetaBatches(loader, batch_size, self.meta_options["seed"], trainer.global_rank, trainer.world_size)
         if batches.length == 0:
             raise ValueError(f"{type(self).__name__}: the meta set is empty")
+        batches.load_state_dict({"drawn": self._drawn})  # of an earlier fit or a checkpoint
         return batches
 
     def _hold_out(self, loader: Any, trainer: L.Trainer) -> Any:
@@ -215,7 +216,8 @@ class MetaCallback(MethodCallback):
             member.meta_positions = positions
         if self._leader()._batches is not None:  # a reload: the stream of meta batches goes on
             return kept
-        self._leader()._batches = self._make_batches(source, trainer, (loader.batch_size or 1) * trainer.world_size)
+        leader = self._leader()
+        leader._batches = leader._make_batches(source, trainer, (loader.batch_size or 1) * trainer.world_size)
         rank_zero_info(
             f"{type(self).__name__}: {len(positions):,} of {count:,} training samples are held out as the meta set; "
             "their labels are taken for right"
@@ -235,8 +237,6 @@ class MetaCallback(MethodCallback):
             )
         leader, options = self._leader(), self.meta_options
         members = [member for member in session.members if isinstance(member, MetaCallback)]
-        if leader._batches is not None:
-            leader._batches.load_state_dict({"drawn": leader._drawn})
         session.lookahead = LookAhead(
             session, trainer, pl_module, logits=options["logits"], batches=leader._batches, read_input=self.read_input,
             read_target=self.read_target, every_n_steps=options["every_n_steps"], mode=options["mode"],
@@ -306,6 +306,8 @@ class MetaCallback(MethodCallback):
         super().load_state_dict(state_dict)
         if meta := state_dict.get("meta"):
             self.meta_positions, self._drawn = meta["positions"], int(meta["drawn"])
+            if self._batches is not None:
+                self._batches.load_state_dict(meta)
 
     def _leave(self) -> None:
         if self._session is not None:

@@ -43,12 +43,14 @@ def read(root: Path, folder: str, method: str) -> Runs:
 
 
 def measured(root: Path, folder: str) -> str:
-    """When the runs of an experiment were made, and with which commits."""
-    found = [json.loads(path.read_text()) for path in sorted((root / folder).glob("**/measured.json"))]
-    dates = sorted({entry["date"] for entry in found})
-    commits = list(dict.fromkeys(entry["commit"] for entry in sorted(found, key=lambda entry: entry["time"])))
-    when = f"{dates[0]} to {dates[-1]}" if len(dates) > 1 else "".join(dates)
-    return f"Measured {when} with {', '.join(commits)}." if found else "When this was measured was not recorded."
+    """When the runs of an experiment were made, and with which commits: the first and the last."""
+    found = [json.loads(path.read_text()) for path in (root / folder).glob("**/measured.json")]
+    if not found:
+        return "When this was measured was not recorded."
+    found.sort(key=lambda entry: entry["time"])
+    dates, commits = (list(dict.fromkeys(entry[key] for entry in found)) for key in ("date", "commit"))
+    when, code = (values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}" for values in (dates, commits))
+    return f"Measured {when} with {code}."
 
 
 def _cell(runs: Runs, key: str, factor: float = 100.0, digits: int = 1) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from every_method_helpers import CLASSES, INERT, QUIET, Model, Numbered, StepModel, fit, make_loader, make_trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -90,7 +91,9 @@ class OneNumber(Model):
         return self.criterion(self.net(batch[0][:, :-1]), batch[1])
 
 
-MODULES = [(NeedsMore, "scale"), (WithoutForward, "forward"), (Dictionary, "dict"), (Features, "8"), (OneNumber, "shape")]
+MODULES = [
+    (NeedsMore, "scale"), (WithoutForward, "forward"), (Dictionary, "dict"), (Features, "8"), (OneNumber, "shape"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("make", "named"), MODULES, ids=[make.__name__ for make, _ in MODULES])
@@ -255,7 +258,8 @@ def test_both_ways_out_give_the_same_rows():
         learned(callback, Squashed(function))
         return callback.table.values - 1
 
-    rule, differences, plain = rows(SquashWithRule.apply), rows(Squash.apply, mode="finite_difference"), rows(torch.tanh)
+    rule, plain = rows(SquashWithRule.apply), rows(torch.tanh)
+    differences = rows(Squash.apply, mode="finite_difference")
     torch.testing.assert_close(rule, plain, rtol=1e-3, atol=1e-6)
     assert (differences - plain).norm() / plain.norm() < 0.01
 
@@ -478,8 +482,6 @@ def test_methods_that_share_a_look_ahead_must_agree(name: str, left: Any, right:
 
 
 def test_strategies_that_divide_the_network_are_refused():
-    from lightning.pytorch.strategies import FSDPStrategy
-
     callback = InstanceLearningRates()
     trainer = make_trainer(callback)
     trainer.strategy.__class__ = type("Dividing", (FSDPStrategy,), {})  # type: ignore[assignment]

@@ -525,11 +525,10 @@ def test_clipped_gradients_are_looked_at_as_if_they_had_not_been_clipped():
         leaves = {name: value.requires_grad_() for name, value in theta.items()}
         v = torch.autograd.grad(losses(leaves, given, target).mean(), list(leaves.values()))
         start = {name: value.clone().requires_grad_() for name, value in model.steps[0].theta.items()}
-        each = losses(start, first, batch[1])
-        products = [
-            sum(float((a * b).sum()) for a, b in zip(v, torch.autograd.grad(e, list(start.values()), retain_graph=True)))
-            for e in each
+        gradients = [
+            torch.autograd.grad(one, list(start.values()), retain_graph=True) for one in losses(start, first, batch[1])
         ]
+        products = [sum(float((a * b).sum()) for a, b in zip(v, one, strict=True)) for one in gradients]
     expected = -0.5 / BATCH * torch.tensor(products, dtype=torch.float64)
     torch.testing.assert_close(seen.gradient, expected, rtol=1e-8, atol=1e-12)
 

@@ -28,7 +28,6 @@ from every_method_helpers import (
     row_tensors,
     trusted,
 )
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -123,13 +122,14 @@ def test_with_a_rate_of_zero_it_is_plain_training_in_every_respect(meta: str, mo
 
 def metric_state(metric: Any) -> dict[str, Any]:
     metrics = metric.values() if isinstance(metric, MetricCollection) else [metric]
-    return {f"{i}/{name}": getattr(one, name) for i, one in enumerate(metrics) for name in [*one._defaults, "_update_count"]}
+    names = [(i, one, name) for i, one in enumerate(metrics) for name in [*one._defaults, "_update_count"]]
+    return {f"{i}/{name}": getattr(one, name) for i, one, name in names}
 
 
 def test_logs_and_metrics_are_touched_once_a_step():
     """What Lightning's own log is called with, and how often metrics are updated."""
     logged: Counter[str] = Counter()
-    updates: list[tuple[int, int, int]] = []
+    updates: list[tuple[int, ...]] = []
 
     class Counting(Noisy):
         def log(self, name: str, *args: Any, **options: Any) -> None:
@@ -137,7 +137,8 @@ def test_logs_and_metrics_are_touched_once_a_step():
             super().log(name, *args, **options)
 
         def on_train_batch_end(self, *args: Any) -> None:
-            updates.append((self.accuracy.update_count, self.seen.update_count, self.both["MulticlassRecall"].update_count))
+            metrics = self.accuracy, self.seen, self.both["MulticlassRecall"]
+            updates.append(tuple(metric.update_count for metric in metrics))
 
     model = Counting()
     metrics = [id(metric) for metric in model.modules()]
@@ -288,23 +289,33 @@ class Loaders(L.LightningDataModule):
         return self.meta
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # of the second run
-@pytest.mark.parametrize("options", [{}, {"reload_dataloaders_every_n_epochs": 1}], ids=["kept", "reloaded"])
-@pytest.mark.parametrize("in_epoch", [False, True])
-def test_a_resumed_run_goes_on_with_split_and_meta_batches(tmp_path: Path, options: dict[str, Any], in_epoch: bool):
-    """Bit for bit, after two of four epochs or within the third."""
+class SavingAt(L.Callback):
+    """A checkpoint after so many steps."""
 
-    def run(name: str, **more: Any) -> tuple[InstanceLearningRates, Model]:
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("options", [{}, {"reload_dataloaders_every_n_epochs": 1}], ids=["kept", "reloaded"])
+@pytest.mark.parametrize("step", [10, 12])
+def test_a_resumed_run_goes_on_with_split_and_meta_batches(tmp_path: Path, options: dict[str, Any], step: int):
+    """Bit for bit, after two of four epochs of five batches or within the third."""
+
+    def run(**more: Any) -> tuple[InstanceLearningRates, Model]:
         callback, model = InstanceLearningRates(meta_fraction=0.25), Model()
-        every = {"every_n_train_steps": 12} if in_epoch else {"every_n_epochs": 2}
-        saving = ModelCheckpoint(tmp_path / name, filename="last", save_top_k=-1, **every)
-        trainer = make_trainer([callback, saving], max_epochs=4, enable_checkpointing=True, **options)
+        trainer = make_trainer([callback, SavingAt(step, tmp_path / "a.ckpt")], max_epochs=4, **options)
         trainer.fit(model, datamodule=Loaders(), **more)
+        assert trainer.global_step == 20
         return callback, model
 
-    whole, model = run("whole")
-    first = next(path for path in (tmp_path / "whole").iterdir() if path.name == "last.ckpt")
-    resumed, resumed_model = run("resumed", ckpt_path=first, weights_only=True)
+    whole, model = run()
+    (tmp_path / "a.ckpt").rename(tmp_path / "first.ckpt")
+    resumed, resumed_model = run(ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    assert min(resumed_model.visits.values()) >= (20 - step) // 5  # it did go on
     assert_same(resumed_model.state_dict(), model.state_dict())
     assert_same(row_tensors(resumed), row_tensors(whole))
     assert resumed.state_dict()["meta"]["drawn"] == whole.state_dict()["meta"]["drawn"] == 20
@@ -425,12 +436,7 @@ def pairs() -> list[list[list[int]]]:
 
 def test_saving_between_steps_does_not_change_training_with_a_meta_set(tmp_path: Path):
     def run(save: bool) -> Model:
-        class Saving(L.Callback):
-            def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-                if save:
-                    trainer.save_checkpoint(tmp_path / "a.ckpt")
-
-        return fit([InstanceLearningRates(meta=trusted()), Saving()])
+        return fit([InstanceLearningRates(meta=trusted()), *([SavingAt(2, tmp_path / "a.ckpt")] if save else [])])
 
     assert_same(run(True).state_dict(), run(False).state_dict())
 
@@ -457,7 +463,8 @@ def assert_left(model: Model, trainer: L.Trainer, callback: InstanceLearningRate
 @pytest.mark.parametrize("error", [None, RuntimeError("stopped"), KeyboardInterrupt()])
 def test_leaves_nothing_behind(meta: str, error: BaseException | None):
     loader = "split" if meta == "split" else META[meta]()
-    callback, model = InstanceLearningRates(meta=loader, meta_fraction=0.25), Model(stop_at=None if error is None else 3)
+    callback = InstanceLearningRates(meta=loader, meta_fraction=0.25)
+    model = Model(stop_at=None if error is None else 3)
     model.error = error or model.error
     trainer = make_trainer(callback, max_epochs=2)
     if error is None:
@@ -589,6 +596,46 @@ def test_compiled_networks_give_the_same_rates(what: str):
     plain = factors(False)
     torch.testing.assert_close(factors(True), plain, rtol=1e-4, atol=1e-6)
     assert (plain != 1).all()
+
+
+class Body(Model):
+    """An optimizer for the body and one for the head, both stepped on one loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(self.criterion(self(batch[0]), batch[1]))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[:2], self.net[2:])]
+
+
+def test_two_optimizers_on_one_loss_are_refused():
+    """The step of the first is half of the model's."""
+    model = Body()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="one optimizer"):
+        fit(InstanceLearningRates(meta=trusted()), model=model)
+    assert_same(model.state_dict(), before)
+
+
+@pytest.mark.filterwarnings("default:.*RMSprop")
+def test_an_optimizer_that_is_not_known_is_taken_for_sgd_and_named():
+    class Other(Model):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.RMSprop(self.parameters(), lr=0.01)
+
+    callback = Pushed()
+    with pytest.warns(UserWarning, match="RMSprop"):
+        fit(callback, model=Other(), max_epochs=1)
+    assert callback.pushed == BATCHES
 
 
 def test_beside_data_parameters_both_learn_as_they_do_alone_with_the_other_at_rest():

@@ -174,7 +174,7 @@ def test_sgd_derivative_is_that_of_torchs_step(options: dict[str, Any]):
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize(("kind", "decay"), [(torch.optim.Adam, 0.0), (torch.optim.Adam, 0.5), (torch.optim.AdamW, 0.5)])
+@pytest.mark.parametrize(("kind", "decay"), [(torch.optim.Adam, 0), (torch.optim.Adam, 0.5), (torch.optim.AdamW, 0.5)])
 def test_adam_derivative_is_that_of_torchs_step(kind: Any, decay: float, amsgrad: bool, steps: int):
     options: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.6), "eps": 1e-2}
     gradients = GRADIENTS[-steps:]
