@@ -171,7 +171,7 @@ class IndexTracker:
         self.row_ids: RowIds | None = None
         self.base: list[int] | None = None
         self.current: list[Tensor] = []
-        self.without: Callable[[Any], Any] | None = None  # takes held-out samples out of a training loader
+        self.edits: list[Callable[[Any], Any]] = []  # copies of a training loader that yield other samples, in order
         self._serial = 0
         self._loaders: list[_TakenLoader] = []
         self._offsets: dict[int, int] = {}
@@ -213,7 +213,9 @@ class IndexTracker:
     # -- loaders ---------------------------------------------------------------------------------------------------
 
     def _take(self, original: Any) -> Any:
-        loader = original if self.without is None else self.without(original)
+        loader = original
+        for edit in self.edits:
+            loader = edit(loader)
         dataset = getattr(loader, "dataset", None)
         sized = dataset is not None and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
         wrap = self.index_key is None
@@ -279,6 +281,16 @@ class IndexTracker:
         """Training loaders of this fit, once settled."""
         return len(self._loaders)
 
+    def announce_length(self, trainer: L.Trainer) -> None:
+        """Have the trainer take the training loader's length as it is now, for an epoch of another length."""
+        combined = trainer.fit_loop._combined_loader
+        assert combined is not None
+        lengths = [len(loader) for loader in combined.flattened]
+        limit = trainer.limit_train_batches
+        if isinstance(limit, int):
+            lengths = [min(length, limit) for length in lengths]
+        trainer.fit_loop.max_batches = trainer.val_check_batch = max(lengths)
+
     @property
     def growing(self) -> bool:
         """Ids get rows as they come, so that the tables may be larger than what was seen."""
@@ -309,6 +321,12 @@ class IndexTracker:
         batch = type(precision).convert_input(precision, batch)  # the class's own: nothing to strip here
         batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
         return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+    def rows_of(self, batch: Any) -> Tensor:
+        """Rows of a batch that holds ids; none where positions are the rows."""
+        if self.index_key is None or self.row_ids is None:
+            return torch.zeros(0, dtype=torch.int64)
+        return self.row_ids.lookup(read_ids(batch, self.index_key))
 
     # -- batches ---------------------------------------------------------------------------------------------------
 

@@ -141,7 +141,7 @@ class LossCall:
         valid: bool ``(B,)``; samples with at least one element that counts.
         losses: per-element losses that replace the criterion's output, or None while it stands.
         log_terms: ``(B,)`` terms added to each instance's loss (the log sigma of a noise scale).
-        extra_losses: per-element losses added to the criterion's output, reduced as it reduces.
+        weight: ``(B,)`` that :meth:`weigh` multiplies each instance's losses by; None: 1.
         logits: the input as the user gave it.
         given: the target as the user gave it.
         transforms: what turned the logits into ``input``, in order.
@@ -159,7 +159,7 @@ class LossCall:
     valid: Tensor
     losses: Tensor | None = None
     log_terms: list[Tensor] = field(default_factory=list)
-    extra_losses: list[Tensor] = field(default_factory=list)
+    weight: Tensor | None = None
     logits: Tensor = field(init=False)
     given: Tensor = field(init=False)
     transforms: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
@@ -178,17 +178,18 @@ class LossCall:
         self.transforms.append(function)
 
     def weigh(self, weight: Tensor) -> Tensor:
-        """Multiply each instance's losses by ``weight``, ``(B,)``; returns them as they were.
+        """Multiply each instance's losses by ``weight``, ``(B,)``; returns them as they were."""
+        self.weight = weight if self.weight is None else self.weight * weight
+        return self.elementwise()
 
-        Weights of 1 leave the criterion's output as it is, bit for bit.
-        """
+    def _weighed(self, output: Tensor) -> Tensor:
+        """Weights of 1 leave the criterion's output as it is, bit for bit."""
+        assert self.weight is not None
         losses = self.elementwise()
-        weight = weight.reshape(weight.shape + (1,) * (losses.dim() - weight.dim())).to(losses.dtype)
+        weight = self.weight.reshape(self.weight.shape + (1,) * (losses.dim() - 1)).to(losses.dtype)
         if self.losses is not None or self.criterion.reduction == "none":
-            self.losses = losses * weight
-        else:
-            self.extra_losses.append(losses * (weight - 1))
-        return losses
+            return self.reduce(losses * weight)
+        return output + self.reduce(losses * (weight - 1))
 
     def rows(self, table: ParameterTable) -> Tensor:
         """The batch's rows of an instance table, as a leaf ``(B, *row_shape)`` on the logits' device."""
@@ -245,10 +246,10 @@ class LossCall:
 
     def finish(self, output: Tensor) -> Tensor:
         """The value that the user's code receives in place of the criterion's ``output``."""
-        if self.losses is not None:
+        if self.weight is not None:
+            output = self._weighed(output)
+        elif self.losses is not None:
             output = self.reduce(self.losses)
-        for losses in self.extra_losses:
-            output = output + self.reduce(losses)
         for term in self.log_terms:
             output = output + self._reduce_instances(term, output)
         return output.squeeze(0) if self.unbatched and output.dim() else output
@@ -336,6 +337,7 @@ class Objective:
     def __init__(self, stages: Iterable[Stage] = ()) -> None:
         self.stages = sorted(stages, key=lambda stage: (stage.position, type(stage).__name__))
         self.loss_scale: Callable[[], Tensor] | None = None
+        self.criterion: Criterion | None = None  # the last one called
         self.inspector: Callable[[Tensor, Observation], None] | None = None
         self.observer: Callable[[Tensor, Observation], None] | None = None
 
@@ -351,6 +353,7 @@ class Objective:
         Raises:
             ValueError: ``index`` and ``input`` disagree about the number of samples.
         """
+        self.criterion = criterion
         samples = samples_in(criterion.kind, input, target)
         if index.numel() != samples:
             raise ValueError(

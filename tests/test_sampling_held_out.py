@@ -53,7 +53,7 @@ ONCE: dict[str, Callable[[], dict[str, Any]]] = {
     "epoch": lambda: {"sampler": EpochSampler(N, 3)},
     "own": lambda: {"sampler": Backwards()},
     "explicit_sequential": lambda: {"sampler": SequentialSampler(range(N))},
-    "unweighted": lambda: {"sampler": WeightedRandomSampler(torch.ones(N), N, replacement=False)},
+    "unweighted": lambda: {"sampler": WeightedRandomSampler([1.0] * N, N, replacement=False)},
 }
 
 
@@ -143,8 +143,7 @@ def test_weights_keep_their_proportions(weights: Any):
 
 def test_weights_without_replacement_never_reach_what_is_held_out():
     """torch draws samples of weight 0 once the others are used up."""
-    weights = torch.ones(N)
-    weights[[1, 2]] = 0
+    weights = [0.0 if i in (1, 2) else 1.0 for i in range(N)]
     ours = loader_without(DataLoader(Numbered(N), sampler=WeightedRandomSampler(weights, N, False)), HELD)
     assert sorted(yielded(ours)) == [i for i in KEPT if i not in (1, 2)]
 
@@ -260,7 +259,6 @@ def test_only_what_training_visits_can_be_held_out():
     data = Numbered(N)
     subset = DataLoader(data, sampler=SubsetRandomSampler([9, 2, 7, 2]))
     assert trained_positions(subset).tolist() == [2, 7, 9]
-    weights = torch.zeros(N)
-    weights[[4, 8]] = 1
+    weights = [1.0 if i in (4, 8) else 0.0 for i in range(N)]
     assert trained_positions(DataLoader(data, sampler=WeightedRandomSampler(weights, 5))).tolist() == [4, 8]
     assert trained_positions(DataLoader(data, shuffle=True)).tolist() == list(range(N))

@@ -55,7 +55,7 @@ LOADERS: dict[str, Callable[[], DataLoader]] = {
     "streamed": lambda: DataLoader(Streamed(), batch_size=4),
     "batch_sampler": lambda: DataLoader(Numbered(N), batch_sampler=BatchSampler(RandomSampler(range(N)), 4, False)),
     "subset": lambda: DataLoader(Augmented(N), batch_size=4, sampler=SubsetRandomSampler([1, 2, 3, 5, 7])),
-    "weighted": lambda: DataLoader(Numbered(N), batch_size=4, sampler=WeightedRandomSampler(torch.ones(N), 9)),
+    "weighted": lambda: DataLoader(Numbered(N), batch_size=4, sampler=WeightedRandomSampler([1.0] * N, 9)),
     "replacement": lambda: DataLoader(Numbered(N), batch_size=4, sampler=RandomSampler(range(N), replacement=True)),
     "unbatched": lambda: DataLoader([Numbered(N)[[i, i + 1]] for i in range(5)], batch_size=None),  # type: ignore[index]
 }

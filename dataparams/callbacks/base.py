@@ -19,6 +19,7 @@ from dataparams.callbacks.sample_table import SampleTable
 from dataparams.callbacks.session import Session
 from dataparams.distributed import VisitGather
 from dataparams.dynamics import BYTES_PER_ROW, DynamicsTable
+from dataparams.functional.dynamics import Observation
 from dataparams.ids import Ids, IndexKey, plain_ids, rows_of
 from dataparams.objective import Stage
 from dataparams.optim import RowOptimizer
@@ -91,6 +92,9 @@ class MethodCallback(SampleTable, L.Callback):
     def replace_batch(self, trainer: L.Trainer, batch: Any) -> Any:
         """Another batch to train on in this step, without rows or training dynamics; None: train as usual."""
         return None
+
+    def observe(self, index: Tensor, seen: Observation) -> None:
+        """Called after each batch with what was visited in it, on all processes: rows ``(V,)`` and their dynamics."""
 
     # -- life cycle, in Lightning's order ---------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning as L
@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from dataparams.batch import INPUT_NAMES, TARGET_NAMES, read_part
 from dataparams.callbacks.base import MethodCallback
 from dataparams.callbacks.lookahead import LookAhead
 from dataparams.callbacks.lookahead_checks import check_network
@@ -22,54 +23,6 @@ from dataparams.sampling import MetaBatches, draw_held_out, loader_without, trai
 from dataparams.tables import ParameterTable, Visit
 
 Meta = Literal["split", "next_batch"] | DataLoader
-INPUT_NAMES = (
-    "x", "input", "inputs", "image", "images", "img", "imgs", "pixel_values", "input_ids", "input_values",
-    "input_features", "features", "data", "audio", "waveform",
-)  # fmt: skip
-TARGET_NAMES = ("y", "target", "targets", "label", "labels")
-
-
-def read_part(batch: Any, key: IndexKey | None, names: Sequence[str], place: int, what: str, skip: Any = None) -> Any:
-    """The input or the target of a batch.
-
-    Args:
-        batch: the user's.
-        key: dictionary key, tuple position or function; None: by one of ``names`` in a dictionary, else by position.
-        names: usual names.
-        place: usual position in a tuple or list.
-        what: the argument that would say where, for messages.
-        skip: ``index_key``, for ids may come first.
-
-    Raises:
-        KeyError: not there; the message says what is.
-    """
-    if callable(key):
-        return key(batch)
-    if isinstance(batch, Mapping):
-        found = [key] if key is not None else [name for name in names if name in batch]
-        if len(found) == 1 and found[0] in batch:
-            return batch[found[0]]
-        has = f"keys {sorted(map(str, batch))}"
-    elif isinstance(batch, Sequence) and not isinstance(batch, str):
-        size, fields = len(batch), getattr(batch, "_fields", ())  # of a named tuple
-        skip = fields.index(skip) if isinstance(skip, str) and skip in fields else skip
-        taken = skip % size if type(skip) is int and -size <= skip < size else None
-        places = [i for i in range(size) if i != taken]
-        if isinstance(key, int) and -len(batch) <= key < len(batch):
-            return batch[key]
-        if key is None and place < len(places):
-            return batch[places[place]]
-        if isinstance(key, str) and hasattr(batch, key):
-            return getattr(batch, key)
-        has = f"{len(batch)} positions"
-    else:
-        if isinstance(key, str) and hasattr(batch, key):
-            return getattr(batch, key)
-        has = f"type {type(batch).__name__}"
-    raise KeyError(
-        f"{what}={key!r} does not say where to look in the batch, which has {has}; give a dictionary key, a tuple "
-        f"position or a function: {what}=..."
-    )
 
 
 class MetaCallback(MethodCallback):
@@ -166,8 +119,9 @@ class MetaCallback(MethodCallback):
         self._batches = None
         if loader is not None:
             self._batches = self._make_batches(loader, trainer, loader.batch_size)
-        elif self.meta == "split" and self._session.tracker.without is None:
-            self._session.tracker.without = lambda loader: self._hold_out(loader, trainer)
+        elif self.meta == "split" and not self._session.splits:  # before others choose among what is left
+            self._session.splits = True
+            self._session.tracker.edits.insert(0, lambda loader: self._hold_out(loader, trainer))
 
     def _leader(self) -> MetaCallback:
         """The member that acts for all meta-learned ones of the trainer."""
@@ -230,10 +184,15 @@ class MetaCallback(MethodCallback):
         session = self._session
         if session is None or session.lookahead is not None:
             return
-        if session.tracker.without is not None and session.tracker.num_loaders > 1:
+        if self.meta_positions is not None and session.tracker.num_loaders > 1:
             raise ValueError(
                 "meta='split' holds samples out of one training loader, and there are several; give "
                 "meta=DataLoader(...)"
+            )
+        if len(trainer.optimizers) > 1:
+            raise ValueError(
+                f"{type(self).__name__} looks ahead over one optimizer's step, and configure_optimizers gave "
+                f"{len(trainer.optimizers)}; give all parameters to one, as parameter groups"
             )
         leader, options = self._leader(), self.meta_options
         members = [member for member in session.members if isinstance(member, MetaCallback)]

@@ -87,7 +87,7 @@ class Network(nn.Module):
             random: generators start here.
             seed: or from this seed.
         """
-        states = [(metric, copy.deepcopy(vars(metric))) for metric in self.metrics]
+        states = [(metric, {name: _kept(value) for name, value in vars(metric).items()}) for metric in self.metrics]
         vars(self.module)["log"] = vars(self.module)["log_dict"] = _nothing
         set_stance = getattr(torch.compiler, "set_stance", None)
         eagerly = set_stance("force_eager") if set_stance is not None and is_compiled(self.module) else nullcontext()
@@ -148,6 +148,13 @@ def alike(left: Tensor, right: Tensor, exact: bool = True) -> bool:
     largest = right.nan_to_num(0, 0, 0).abs().max()
     near = (left - right).abs() <= 0.01 * (1e-3 + largest)  # TF32 and compiled kernels round differently
     return not exact or bool((near | (left == right) | (left.isnan() & right.isnan())).all())
+
+
+def _kept(value: Any) -> Any:
+    """A copy of what a metric changes in place. Not a deep one: it would take along the metrics that it refers to."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return copy.copy(value) if isinstance(value, list | dict) else value
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

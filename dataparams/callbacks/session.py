@@ -41,6 +41,7 @@ class Session:
         self.dynamics: DynamicsTable | None = None
         self.guard = NonFiniteGuard()
         self.lookahead: LookAhead | None = None
+        self.splits = False  # a meta set is held out of the training loader
         self.active = False
         self._trainer = weakref.ref(trainer)
         self.device = trainer.strategy.root_device
@@ -338,3 +339,5 @@ class Session:
             correct, label, valid = integers[:, 1].bool(), integers[:, 2], integers[:, 3].bool()
             joined = Observation(loss, margin, confidence, correct, label, valid)
         self.dynamics.update(index, joined)
+        for member in self.members:
+            member.observe(index, joined)

@@ -151,7 +151,8 @@ class _SoftLabels:
             moving = inner_products(log_softmax, {"logits": logits.to(tangent.dtype)}, {"logits": tangent})
             share = call.share(len(labels)).expand(len(labels))
             gradient = label_gradient(moving, share) * (1 if weight is None else weight)
-            gradient = gradient * call.valid[:, None]
+            counted = call.valid if call.weight is None else call.valid * call.weight  # of learned rates, say
+            gradient = gradient * counted[:, None]
             if method.update in ("adam", "sgd"):
                 gradient = logit_gradient(labels.to(gradient.dtype), gradient)
             else:

@@ -17,9 +17,16 @@ device without a Python loop, in O(N log N), once a round rather than once a ste
 from __future__ import annotations
 
 import math
+import warnings
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# Of clean_fraction; log odds of the label's probability.
+LOSS_RANGE = (1e-6, 30.0)
+QUANTILES, FEWEST = 4000, 20
+UNBELIEVED, APART = -1.0, 1.5
 
 
 def self_paced_selection(loss: Tensor, cluster: Tensor, age: float, diversity: float) -> Tensor:
@@ -166,6 +173,61 @@ def initial_age(loss: Tensor, fraction: float, cluster: Tensor | None = None, di
     size = abs(float(loss[ranked][place])) + float(bonus[place])
     # The rule is strict, and adds what is subtracted here: some units in the last place make up for the rounding.
     return float(score) + max(4 * torch.finfo(torch.float64).eps * size, torch.finfo(torch.float64).tiny)
+
+
+def clean_fraction(loss: Tensor) -> float:
+    """The share of samples whose labels look right, found from the losses without knowing the rate of wrong labels.
+
+    A model that has learned something but not yet memorised gives wrong labels far smaller probabilities p = exp(-loss)
+    than right ones, so that the log odds log(p / (1 - p)) have two modes. A Gaussian mixture of one to four components
+    (more than two, for right labels alone are seldom one: some classes are easier), as many as the Bayesian information
+    criterion chooses, smooths their density; the share is that above its deepest valley. A valley counts where the mode
+    below it is one of labels that the model does not believe (p below 0.27), with odds less than 1 to 4.5 of those of
+    the mode above, and where it is at least 5% deep. Those bounds are ours, from small networks on digits and
+    Fashion-MNIST with none to 60% of the labels changed at random: within 0.06 of the truth from the first epoch on that
+    ranks wrong labels above right ones with an area under the curve of 0.97, within 0.03 in most.
+
+    Mixtures on losses: Arazo et al., "Unsupervised Label Noise Modeling and Loss Correction", ICML 2019; Li, Socher and
+    Hoi, "DivideMix", ICLR 2020.
+
+    Args:
+        loss: ``(N,)`` cross-entropy at temperature 1 of the given labels, at least 0, of an evaluation pass; those that
+            are not finite do not count.
+
+    Returns:
+        In (0, 1]; 1 where no mode of wrong labels is seen: clean labels, a model that knows nothing yet or has memorised
+        all, or fewer than 20 losses. Labels changed from one class to one other (asymmetric) are hardly seen.
+    """
+    loss = loss.detach().flatten().double().cpu()
+    loss = loss[loss.isfinite()].sort().values.clamp(*LOSS_RANGE)
+    log_odds = -(loss + torch.log(-torch.expm1(-loss))).numpy()
+    # Evenly spaced quantiles: the same distribution, whatever N.
+    sample = log_odds[np.linspace(0, len(log_odds) - 1, min(len(log_odds), QUANTILES)).round().astype(int)]
+    if len(sample) < FEWEST or np.ptp(sample) < APART:
+        return 1.0
+    grid = np.linspace(sample.min(), sample.max(), 600)
+    density = _mixture_density(sample, grid)
+    below = np.array([density[: place + 1].argmax() for place in range(len(grid))])
+    above = np.array([place + density[place:].argmax() for place in range(len(grid))])
+    depth = 1 - density / np.minimum(density[below], density[above])
+    counts = (depth > 0.05) & (grid[below] < UNBELIEVED) & (grid[above] - grid[below] > APART)
+    if not counts.any():
+        return 1.0
+    return float((log_odds > grid[np.where(counts, depth, 0).argmax()]).mean())
+
+
+def _mixture_density(sample: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """Density of a Gaussian mixture, at points of a grid; the same for the same sample."""
+    from sklearn.exceptions import ConvergenceWarning  # takes a second to import
+    from sklearn.mixture import GaussianMixture
+    from threadpoolctl import threadpool_limits
+
+    points = sample[:, None]
+    with warnings.catch_warnings(), threadpool_limits(limits=1):
+        warnings.simplefilter("ignore", ConvergenceWarning)  # few different values: some components are empty
+        mixtures = [GaussianMixture(k, reg_covar=1e-3, max_iter=200, random_state=0).fit(points) for k in range(1, 5)]
+        best = min(mixtures, key=lambda mixture: mixture.bic(points))
+    return np.exp(best.score_samples(grid[:, None]))
 
 
 def rank_within(loss: Tensor, cluster: Tensor) -> tuple[Tensor, Tensor]:

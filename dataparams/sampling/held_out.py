@@ -55,6 +55,8 @@ def trained_positions(loader: DataLoader, unwrap: Callable[[Any], Any] = lambda 
     """
     sampler = loader.sampler
     sampler = unwrap(sampler) or sampler
+    if isinstance(sampler, _Mapped):
+        return torch.tensor(sorted(sampler.kept))
     if isinstance(sampler, SubsetRandomSampler):
         return torch.as_tensor(list(sampler.indices)).unique()
     if isinstance(sampler, WeightedRandomSampler):
