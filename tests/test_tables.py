@@ -68,6 +68,20 @@ def test_half_precision_tables_are_gathered_as_float32(dtype):
     assert ParameterTable(3, dtype=torch.float64).rows(torch.tensor([1])).dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_read_gives_copies_in_float32_or_better_and_write_rounds_to_the_storage(dtype):
+    table = ParameterTable(4, (2,), dtype=dtype)
+    rows = torch.tensor([[1 / 3, 2.0], [-1 / 3, 4.0]], dtype=torch.float64)
+    table.write(torch.tensor([3, 1]), rows)
+    assert torch.equal(table.values[[3, 1]], rows.to(dtype))
+    read = table.read(torch.tensor([[1], [3]]))
+    assert read.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(read, rows.to(dtype).to(read.dtype).flip(0)[:, None])
+    read.zero_()
+    assert torch.equal(table.values[[3, 1]], rows.to(dtype))
+    assert not table.values[[0, 2]].any()
+
+
 def test_an_int32_index_will_do():
     table = ParameterTable(300)
     table.values.copy_(torch.arange(300.0))

@@ -31,7 +31,7 @@ from dataparams.optim import segment_sum, segments
 from dataparams.tables import ParameterTable
 
 
-class _LossBaseline(MethodCallback):
+class LossReplacement(MethodCallback):
     """A method that is its own stage: it replaces the per-element losses."""
 
     position = 3
@@ -65,7 +65,7 @@ class _LossBaseline(MethodCallback):
         return safe, weight if criterion.weight is None else weight * criterion.weight[safe]
 
 
-class SuperLoss(_LossBaseline):
+class SuperLoss(LossReplacement):
     """SuperLoss (Castells et al., NeurIPS 2020) over the user's own per-element losses.
 
     Args:
@@ -94,7 +94,7 @@ class SuperLoss(_LossBaseline):
         call.losses = losses
 
 
-class GCE(_LossBaseline):
+class GCE(LossReplacement):
     """Generalised cross-entropy (Zhang and Sabuncu, NeurIPS 2018).
 
     Args:
@@ -114,7 +114,7 @@ class GCE(_LossBaseline):
         call.losses = generalized_cross_entropy(call.input, target, self.q) * weight
 
 
-class LabelSmoothing(_LossBaseline):
+class LabelSmoothing(LossReplacement):
     """Label smoothing (Szegedy et al., CVPR 2016); it takes the place of the criterion's own.
 
     Args:
@@ -135,7 +135,7 @@ class LabelSmoothing(_LossBaseline):
         call.losses = smoothed_cross_entropy(call.input, call.target, self.smoothing, *options)
 
 
-class ELR(_LossBaseline):
+class ELR(LossReplacement):
     """Early-learning regularisation (Liu et al., NeurIPS 2020).
 
     Args:

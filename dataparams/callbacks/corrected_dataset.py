@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataparams.callbacks.meta import TARGET_NAMES
+from dataparams.batch import TARGET_NAMES
 from dataparams.ids import IndexKey, RowIds, read_ids
 
 

@@ -54,7 +54,8 @@ def mean_travel(values: Tensor, init: float, visited: Tensor | None) -> Tensor:
     """Mean distance from ``init`` over the visited rows; infinite where there are none."""
     total = torch.zeros(2, dtype=torch.float64, device=values.device)
     visited = torch.ones(len(values), dtype=torch.bool, device=values.device) if visited is None else visited
-    for chunk, mask in zip(values.split(CHUNK), visited.to(values.device).split(CHUNK), strict=True):
+    rows = max(1, CHUNK // max(1, values[0].numel()))
+    for chunk, mask in zip(values.split(rows), visited.to(values.device).split(rows), strict=True):
         distance = (
             (chunk.double() - init).abs().flatten(1).mean(1) if chunk.dim() > 1 else (chunk.double() - init).abs()
         )

@@ -65,6 +65,18 @@ def test_looks_ahead_at_every_third_step(meta: str):
     check(callback, loss, [0, 3, 6], None if meta == "next_batch" else samples(11, 2))
 
 
+def test_dropout_of_the_meta_pass_has_a_stream_of_its_own():
+    """Not the training's next masks, another at every step, and the same whatever the training draws."""
+    model = train(Loss(), steps=3).model
+    ours = [model.meta_pass(step).random for step in range(3)]
+    theirs = [given.random for step in model.steps for _, given in step.window]
+    assert not any(torch.equal(left, right) for left in ours for right in theirs)
+    assert not torch.equal(ours[0], ours[1])
+    again = train(Loss(lambda m, b: F.cross_entropy(m(b[0]), b[1]) + 0 * torch.rand(())), steps=3).model
+    assert not torch.equal(again.steps[1].window[0][1].random, model.steps[1].window[0][1].random)
+    assert all(torch.equal(again.meta_pass(step).random, state) for step, state in enumerate(ours))
+
+
 def test_manual_optimization():
     class Manual(Recorded):
         def training_step(self, batch: Any, batch_idx: int) -> None:
