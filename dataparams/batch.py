@@ -51,7 +51,8 @@ def read_part(batch: Any, key: IndexKey | None, names: Sequence[str], place: int
         if isinstance(key, str) and hasattr(batch, key):
             return getattr(batch, key)
         has = f"type {type(batch).__name__}"
+    where = "not found in its usual place" if key is None else f"not found at {what}={key!r}"
     raise KeyError(
-        f"{what}={key!r} does not say where to look in the batch, which has {has}; give a dictionary key, a tuple "
-        f"position or a function: {what}=..."
+        f"the {what.removesuffix('_key')} is {where}: the batch has {has}; give a dictionary key, a tuple position or "
+        f"a function of the batch: {what}=..."
     )

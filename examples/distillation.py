@@ -1,17 +1,18 @@
-"""Learned soft labels as teachers: the same student, trained from six kinds of labels for the same images.
+"""Learned soft labels as teachers: one student network, trained on the same images from different labels.
 
     python examples/distillation.py                       # digits of scikit-learn with their right labels
     python examples/distillation.py --noise-rate 0.4      # 40% of the labels wrong
-    python examples/distillation.py --data fashion --data-dir DATA --epochs 15
+    python examples/distillation.py --data fashion --data-dir DATA --train-size 4000 --epochs 15
 
-Teachers: a network trained on the given labels, one on smoothed labels, and two that learn the labels while they
-train, a soft label for each class or for each image, judged by a small checked meta set (`LearnableSoftLabels`). A
-student, which is a quarter as wide, never sees a teacher's weights: it gets the training images and a distribution over
-classes for each. Nothing but these labels differs between students: not the first weights, the order of samples or
-the number of updates. What knows as much as the learned labels is the student that gets the meta set as well.
+Teachers are a network trained on the given labels, one on smoothed labels, and two that learn the labels while they
+train: a soft label for each class, or for each image, judged by a small checked meta set (`LearnableSoftLabels`). The
+student, a quarter as wide, never sees a teacher's weights: it gets the training images and for each of them a
+distribution over classes, which is learned, or predicted by a teacher at its best epoch. Students differ in these labels
+and in nothing else: first weights, order of images and number of epochs are the same. One student gets the meta set's
+images and labels as well, and so knows what the learned labels know.
 
-Prints clean test accuracy at the best epoch by validation (whose labels are as wrong as those of training) and at the
-last one, mean and deviation over seeds; OUT gets the table and a picture of the learned K x K label matrices.
+Prints test accuracy at the best epoch by validation (whose labels are as wrong as those of training) and at the last
+one, mean and deviation over seeds; OUT gets the table and a picture of the learned labels, K x K.
 """
 
 import argparse
@@ -34,112 +35,140 @@ from dataparams.tasks import Classifier, DigitsData, FashionMNISTData, ImageData
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", choices=["digits", "fashion"], default="digits")
 parser.add_argument("--data-dir", help="folder of data sets (default: $DATAPARAMS_DATA); digits need none")
+parser.add_argument("--train-size", type=int, default=600, help="training images (default: %(default)s)")
 parser.add_argument("--noise-rate", type=float, default=0.0, help="share of labels made wrong (default: %(default)s)")
-parser.add_argument("--meta-fraction", type=float, default=0.1, help="share of checked images (default: %(default)s)")
+parser.add_argument("--meta-fraction", type=float, default=0.1, help="checked share of them (default: %(default)s)")
 parser.add_argument("--smoothing", type=float, default=0.1, help="of smoothed labels (default: %(default)s)")
-parser.add_argument("--temperature", type=float, default=1.0, help="of teachers' predictions (default: %(default)s)")
-parser.add_argument("--class-lr", type=float, default=1.0, help="rate of the labels of classes (default: %(default)s)")
+parser.add_argument("--class-lr", type=float, default=0.2, help="rate of the labels of classes (default: %(default)s)")
+parser.add_argument("--image-lr", type=float, default=1.0, help="rate of the labels of images (default: %(default)s)")
 parser.add_argument("--epochs", type=int, default=25)
 parser.add_argument("--seeds", type=int, default=5, help="number of runs, with seeds 0, 1, ... (default: %(default)s)")
-parser.add_argument("--first-seed", type=int, default=0)
 parser.add_argument("--out", default="outputs/distillation", help="folder of the table and the picture")
+
+TEACHER_WIDTH, STUDENT_WIDTH = 16, 4
 
 
 class Scores(L.Callback):
-    """Accuracy after every epoch, and the weights of the epoch with the best one on the validation set."""
+    """Accuracy (%) after every epoch, and the weights of the epoch that is best on the validation images."""
 
     def __init__(self, data: NoisyDataModule) -> None:
-        self.sets = {"validation": data.val_set, "test": data.test_set}
-        self.epochs = pd.DataFrame(columns=[*self.sets])
+        self.data = data
+        self.validation, self.test, self.weights = [], [], {}
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        scores = {}
-        for name, images in self.sets.items():
+        for scores, images in ((self.validation, self.data.val_set), (self.test, self.data.test_set)):
             right = predictions(pl_module, images).argmax(1) == images.labels
-            scores[name] = 100 * right.float().mean().item()
-        if not len(self.epochs) or scores["validation"] > self.epochs["validation"].max():
-            self.best = scores["test"]
+            scores.append(100 * right.float().mean().item())
+        if self.validation[-1] > max(self.validation[:-1], default=-1.0):
+            self.best = self.test[-1]
             self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
-        self.epochs.loc[len(self.epochs)] = scores
 
 
 @torch.no_grad()
-def predictions(model: L.LightningModule, images: ImageDataset, temperature: float = 1.0) -> torch.Tensor:
-    """Softmax of the model's logits over the temperature, (N, K)."""
+def predictions(model: L.LightningModule, images: ImageDataset) -> torch.Tensor:
+    """The model's distributions over classes, (N, K)."""
     model.eval()
-    logits = model(images.normalise(images.images).to(model.device)).cpu()
+    logits = model(images.normalise(images.images).to(model.device))
     model.train()
-    return (logits / temperature).softmax(1)
+    return logits.softmax(1).cpu()
 
 
-def train(data: NoisyDataModule, labelled: Dataset, width: int, epochs: int, *methods: L.Callback):
-    """A network of this width, trained on `labelled`, with the accuracies of its epochs."""
+def train(
+    data: NoisyDataModule, labelled: Dataset, width: int, epochs: int, *methods: L.Callback
+) -> tuple[Classifier, Scores]:
+    """A network of this width after its last epoch on `labelled`, and its scores."""
     L.seed_everything(data.seed, verbose=False)
     size = data.train_set.images.shape[-1]
     model = Classifier(SmallCNN(1, data.num_classes, width, size), partial(torch.optim.SGD, lr=0.05))
     scores = Scores(data)
-    order = torch.Generator().manual_seed(data.seed)
     trainer = L.Trainer(
         max_epochs=epochs, callbacks=[*methods, scores], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
+    order = torch.Generator().manual_seed(data.seed)
     trainer.fit(model, DataLoader(labelled, batch_size=32, shuffle=True, generator=order))
     return model, scores
 
 
-def main(args: argparse.Namespace) -> pd.DataFrame:
+def run(seed: int, args: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """Scores of all teachers and students with this seed, and the learned labels by given class."""
+    make = partial(
+        {"digits": DigitsData, "fashion": FashionMNISTData}[args.data], data_dir=args.data_dir, seed=seed,
+        train_size=args.train_size, noise="symmetric", noise_rate=args.noise_rate, meta_fraction=args.meta_fraction,
+        meta_clean=True,
+    )  # fmt: skip
+    data, with_meta = make(), make(meta_use="add")
+    data.setup()
+    with_meta.setup()
+    classes, given = data.num_classes, data.train_set
     rows = []
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        options = {"noise": "symmetric", "noise_rate": args.noise_rate, "seed": seed, "data_dir": args.data_dir}
-        make = partial({"digits": DigitsData, "fashion": FashionMNISTData}[args.data], **options)
-        data = make(meta_fraction=args.meta_fraction, meta_clean=True)
-        added = make(meta_fraction=args.meta_fraction, meta_clean=True, meta_use="add")
-        data.setup()
-        added.setup()
-        classes, given = data.num_classes, data.train_set
-        one_hot = F.one_hot(given.labels, classes).float()
-        images = given.normalise(given.images)
 
-        # The teachers. Those that learn labels do so by their rate for the meta set.
-        def report(role: str, name: str, scores: Scores, started: float, seed: int = seed) -> None:
-            row = {"role": role, "labels": name, "seed": seed, "best": scores.best, "last": scores.epochs["test"].iloc[-1]}
-            rows.append(row)
-            print(f"seed {seed}: {role} of {name}: {row['last']:.1f} ({time.monotonic() - started:.0f} s)", flush=True)
+    def score(role: str, name: str, labelled: Dataset, width: int, *methods: L.Callback) -> torch.Tensor:
+        started = time.monotonic()
+        model, scores = train(data, labelled, width, args.epochs, *methods)
+        rows.append({"network": role, "labels": name, "seed": seed, "best": scores.best, "last": scores.test[-1]})
+        print(f"seed {seed}  {role}, {name}: {scores.test[-1]:.1f}  ({time.monotonic() - started:.0f} s)", flush=True)
+        model.load_state_dict(scores.weights)
+        return predictions(model, given)
 
-        by_class = LearnableSoftLabels(classes, level="class", lr=args.class_lr, meta=data.meta_dataloader())
-        by_image = LearnableSoftLabels(classes, level="instance", meta=data.meta_dataloader())
-        teachers = {"given labels": [], "smoothed labels": [LabelSmoothing(args.smoothing)],
-                    "labels by class": [by_class], "labels by image": [by_image]}
-        predicted = {}
-        for name, methods in teachers.items():
-            started = time.monotonic()
-            model, scores = train(data, given, 16, args.epochs, *methods)
-            model.load_state_dict(scores.weights)
-            predicted[name] = predictions(model, given, args.temperature)
-            report("teacher", name, scores, started)
-        for c in (by_class, by_image):
-            print(c.label_matrix().round(2).to_string())
+    of_classes = LearnableSoftLabels(classes, level="class", lr=args.class_lr, meta=data.meta_dataloader())
+    of_images = LearnableSoftLabels(classes, lr=args.image_lr, meta=data.meta_dataloader())
+    predicted = score("teacher", "given", given, TEACHER_WIDTH)
+    predicted_smooth = score("teacher", "smoothed", given, TEACHER_WIDTH, LabelSmoothing(args.smoothing))
+    score("teacher", "learned, of classes", given, TEACHER_WIDTH, of_classes)
+    score("teacher", "learned, of images", given, TEACHER_WIDTH, of_images)
 
-        students = {
-            "given labels": given,
-            "given labels, and the meta set": added.train_set,
-            "smoothed labels": TensorDataset(images, one_hot * (1 - args.smoothing) + args.smoothing / classes),
-            "predictions of a teacher of given labels": TensorDataset(images, predicted["given labels"]),
-            "predictions of a teacher of smoothed labels": TensorDataset(images, predicted["smoothed labels"]),
-            "learned labels by class": by_class.corrected_dataset(given, soft=True),
-            "learned labels by image": by_image.corrected_dataset(given, soft=True),
-            "predictions of the teacher by class": TensorDataset(images, predicted["labels by class"]),
-            "predictions of the teacher by image": TensorDataset(images, predicted["labels by image"]),
-        }
-        for name, labelled in students.items():
-            started = time.monotonic()
-            report("student", name, train(data, labelled, 4, args.epochs)[1], started)
-    frame = pd.DataFrame(rows)
-    print(frame.groupby(["role", "labels"], sort=False)[["best", "last"]].agg(["mean", "std"]).round(1).to_string())
-    return frame
+    images = given.normalise(given.images)
+    smoothed = F.one_hot(given.labels, classes) * (1 - args.smoothing) + args.smoothing / classes
+    students = {
+        "given": given,
+        "given, and the meta set's": with_meta.train_set,
+        "smoothed": TensorDataset(images, smoothed),
+        "predicted by the teacher of given labels": TensorDataset(images, predicted),
+        "predicted by the teacher of smoothed labels": TensorDataset(images, predicted_smooth),
+        "learned, of classes": of_classes.corrected_dataset(given, soft=True),
+        "learned, of images": of_images.corrected_dataset(given, soft=True),
+    }
+    for name, labelled in students.items():
+        score("student", name, labelled, STUDENT_WIDTH)
+    return pd.DataFrame(rows), {"of classes": of_classes.label_matrix(), "of images": of_images.label_matrix()}
+
+
+def picture(matrices: dict[str, pd.DataFrame], file: Path) -> None:
+    """Mean learned label by given class. Small probabilities are what matters, hence colours up to 0.1 and numbers."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(matrices), figsize=(11, 5.5), layout="constrained")
+    for axes, (name, matrix) in zip(panels, matrices.items(), strict=True):
+        axes.imshow(matrix, cmap="Blues", vmin=0, vmax=0.1)
+        for given, row in enumerate(matrix.to_numpy()):
+            for learned, share in enumerate(row):
+                if share >= 0.005:
+                    colour = "white" if share > 0.06 else "black"
+                    axes.text(learned, given, f"{share:.2f}"[share < 1 :], ha="center", va="center", color=colour, size=8)
+        axes.set(title=f"labels {name}", xlabel="learned label", ylabel="given label")
+        axes.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
+    figure.savefig(file, dpi=120)
+
+
+def main(args: argparse.Namespace) -> None:
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    runs = []
+    for seed in range(args.seeds):
+        rows, matrices = run(seed, args)
+        runs.append(rows)
+        if seed == 0:
+            picture(matrices, out / "labels.png")
+    scores = pd.concat(runs).groupby(["network", "labels"], sort=False)[["best", "last"]]
+    table = scores.mean().map("{:.1f}".format) + scores.std(ddof=0).map(" ± {:.1f}".format)
+    print(table.to_string())
+    table.to_csv(out / "table.csv")
+    print(f"table and picture: {out}")
 
 
 if __name__ == "__main__":
+    mpl.use("Agg")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*(does not have many workers|no `val_dataloader`|isinstance.treespec).*")
     main(parser.parse_args())

@@ -26,6 +26,8 @@ class CorrectedDataset(Dataset):
         index_key: where a sample holds its id: dictionary key, tuple position or function of the sample. None: rows
             are positions.
         row_ids: from ids to rows.
+        given: ``(N,)`` the class that each row's label was learned from, -1 where unknown: the sample's own target must
+            be that, or it is another sample, or not the target.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class CorrectedDataset(Dataset):
         target_key: str | int | None = None,
         index_key: IndexKey | None = None,
         row_ids: RowIds | None = None,
+        given: Tensor | None = None,
     ) -> None:
         self.dataset = dataset
         self.labels = labels
@@ -43,6 +46,7 @@ class CorrectedDataset(Dataset):
         self.target_key = target_key
         self.index_key = index_key
         self.row_ids = row_ids
+        self.given = given
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -52,6 +56,7 @@ class CorrectedDataset(Dataset):
 
         Raises:
             KeyError: the sample has no target where it was looked for.
+            ValueError: what is there is not the class that the label was learned from.
         """
         sample = self.dataset[position]
         row = range(len(self))[position]  # counts from the end where negative
@@ -59,6 +64,7 @@ class CorrectedDataset(Dataset):
             assert self.row_ids is not None
             row = int(self.row_ids.lookup([read_ids(sample, self.index_key)]))
         key = self._key(sample)
+        self._check(sample[key], row, position, key)
         label = self._label(self.labels[row], sample[key])
         if isinstance(sample, Mapping):
             replaced = copy.copy(sample)
@@ -67,6 +73,18 @@ class CorrectedDataset(Dataset):
         parts = list(sample)
         parts[key] = label
         return type(sample)(*parts) if hasattr(sample, "_fields") else type(sample)(parts)
+
+    def _check(self, own: Any, row: int, position: int, key: Any) -> None:
+        if self.given is None or int(self.given[row]) < 0:
+            return
+        found = np.asarray(own)
+        if found.size != 1 or found.item() != int(self.given[row]):
+            what = found.item() if found.size == 1 else f"something of shape {found.shape}"
+            raise ValueError(
+                f"sample {position} has {what} at target_key={key!r}, but its label was learned from class "
+                f"{int(self.given[row])}: say where the target is with target_key=, and give the data set that was "
+                "trained on"
+            )
 
     def _key(self, sample: Any) -> Any:
         if isinstance(sample, Mapping):

@@ -181,6 +181,7 @@ class LookAhead:
             self._compare(call, forward, same or self.batches is not None)
             if self.batches is not None:
                 check_meta_set(self.batches, self.read_target, call)
+                self._try(self.batches)
             self._compared = True
 
         def reached() -> None:
@@ -309,6 +310,20 @@ class LookAhead:
             ]
             count = flat[-1]
         return {name: g / count for name, g in zip(parameters, found, strict=True)}
+
+    def _try(self, batches: MetaBatches) -> None:
+        """Once: a meta batch that the network cannot take should not wait for the first step to say so."""
+        session = self._session()
+        assert session is not None
+        try:
+            with self._silent(), self.network.untouched(), torch.no_grad():
+                batch = session.tracker.to_device(self.trainer, next(batches.sample(64)))
+                self._sum_of_losses(self.network.at({}, (self.read_input(batch),), {}), self.read_target(batch))
+        except (KeyError, RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"the network or the loss cannot take a batch of the meta set ({error}); its samples must be of the "
+                "kind that is trained on"
+            ) from error
 
     def _sum_of_losses(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The user's criterion over the meta batch, and what its mean divides by."""

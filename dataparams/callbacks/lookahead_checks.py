@@ -53,10 +53,12 @@ def _check_forward_mode(network: Network, inputs: Any) -> None:
         network.tangent(forward, parameters, parameters, "forward")
     except (RuntimeError, NotImplementedError) as error:
         names = _without_forward_rule(network, inputs)
-        what = f"the autograd function {', '.join(names)} has" if names else "an operation of the network has"
+        what = (
+            f"the autograd function {', '.join(names)} has" if names else "an operation of the network (an LSTM?) has"
+        )
+        own = ", or give the function a jvp() staticmethod" if names else ""
         raise ValueError(
-            f"{what} no forward-mode rule; give it a jvp() staticmethod, or use mode='finite_difference' (torch says: "
-            f"{str(error).splitlines()[0]})"
+            f"{what} no forward-mode rule: use mode='finite_difference'{own} (torch says: {str(error).splitlines()[0]})"
         ) from error
 
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from dataparams.batch import INPUT_NAMES, TARGET_NAMES, read_part
 from dataparams.callbacks.base import MethodCallback
@@ -71,7 +71,8 @@ class MetaCallback(MethodCallback):
     ) -> None:
         super().__init__(**options)
         if not (meta in ("split", "next_batch") if isinstance(meta, str) else isinstance(meta, DataLoader)):
-            raise ValueError(f"meta must be 'split', 'next_batch' or a DataLoader, got {meta!r}")
+            wrap = "; wrap the data set: DataLoader(dataset, batch_size=...)" if isinstance(meta, Dataset) else ""
+            raise ValueError(f"meta must be 'split', 'next_batch' or a DataLoader, got {meta!r}{wrap}")
         if not 0 < meta_fraction < 1:
             raise ValueError(f"meta_fraction is a share of the training set in (0, 1), got {meta_fraction}")
         if meta_batch_size is not None and meta_batch_size < 1:
@@ -108,8 +109,8 @@ class MetaCallback(MethodCallback):
             other = first.meta_options[name]
             if value is not other and value != other:
                 raise ValueError(
-                    f"the meta-learned methods of a trainer share one look-ahead and must agree on {name}; got "
-                    f"{other!r} and {value!r}"
+                    f"the meta-learned methods of a trainer share one look-ahead: give each the same {name}= "
+                    f"{'(the same DataLoader object) ' if name == 'meta' else ''}; got {other!r} and {value!r}"
                 )
         self._checked = False
         loader: Any = self.meta if isinstance(self.meta, DataLoader) else None

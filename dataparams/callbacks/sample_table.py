@@ -43,7 +43,9 @@ class SampleTable:
     def scores(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
         """Detectors of wrong labels, higher is more suspicious: those of ``detectors`` whose column is there."""
         return {
-            name: sign * frame[column].to_numpy() for name, (column, sign) in self.detectors.items() if column in frame
+            name: sign * frame[column].to_numpy() + 0.0  # not -0.0
+            for name, (column, sign) in self.detectors.items()
+            if column in frame and (frame[column].notna().any() or not frame["visits"].any())
         }
 
     def summary(self, rows: pd.DataFrame) -> dict[str, float]:
@@ -97,7 +99,7 @@ class SampleTable:
         return frame.assign(**{name: column[: len(frame)] for name, column in self.columns(frame).items()})
 
     def suspects(self, k: int | None = 100, by: str = "mean_loss") -> pd.DataFrame:
-        """The samples whose labels look wrong, worst first.
+        """The samples whose labels look wrong, worst first; equal scores by mean loss.
 
         Args:
             k: how many; None: all.
@@ -112,9 +114,8 @@ class SampleTable:
         if by not in scores:
             raise ValueError(f"by={by!r} is not a score of {type(self).__name__}; choose from {sorted(scores)}")
         frame["score"] = scores[by]
-        return frame.sort_values("score", ascending=False, na_position="last", kind="stable").head(
-            len(frame) if k is None else k
-        )
+        worst = frame.sort_values(["score", "mean_loss"], ascending=False, na_position="last", kind="stable")
+        return worst.head(len(frame) if k is None else k)
 
     def auroc(self, is_corrupt: Any) -> dict[str, float]:
         """How well each score finds the wrong labels, where the truth is known.
@@ -123,7 +124,7 @@ class SampleTable:
             is_corrupt: ``(N,)`` bool, by row: held outside of this library, so that a mix-up of rows shows.
 
         Returns:
-            Area under the ROC curve by score, over visited samples.
+            Area under the ROC curve by score, over visited samples; NaN where these are all right or all wrong.
 
         Raises:
             ValueError: another number of samples.
@@ -137,5 +138,6 @@ class SampleTable:
         for name, score in self.scores(frame).items():
             # ranks: binary_auroc squashes values outside [0, 1] through a sigmoid, which ties the extremes
             ranks = torch.from_numpy(pd.Series(score).rank(pct=True).to_numpy(copy=True))
-            result[name] = float(binary_auroc(ranks[seen], truth[seen].long()))
+            mixed = bool(truth[seen].any()) and not bool(truth[seen].all())
+            result[name] = float(binary_auroc(ranks[seen], truth[seen].long())) if mixed else float("nan")
         return result

@@ -173,6 +173,11 @@ class SoftLabelCallback(MethodCallback):
         axes = pd.Index(classes, name="given label"), pd.Index(classes, name="learned label")
         return pd.DataFrame((total / count[:, None]).numpy(), *axes)
 
+    @property
+    def own_target_key(self) -> str | int | None:
+        """Where the callback was told that the target is."""
+        return None
+
     def corrected_dataset(
         self,
         dataset: Dataset,
@@ -185,12 +190,14 @@ class SoftLabelCallback(MethodCallback):
             dataset: the data set that was trained on, map-style.
             soft: targets are distributions ``(K,)`` float32, which takes 4 N K bytes; else classes, in the type of the
                 sample's own target.
-            target_key: where a sample holds its target: dictionary key or tuple position. Default: the second position
-                beside the id's, or the usual names.
+            target_key: where a sample holds its target: dictionary key or tuple position. Default: what the callback
+                was told, else the second position beside the id's, or the usual names.
 
         Raises:
-            ValueError: a data set of another length, or one whose samples cannot be told.
+            ValueError: a data set of another length, or one whose samples cannot be told; when a sample is fetched, a
+                target that is not the one trained on.
         """
+        target_key = self.own_target_key if target_key is None else target_key
         labels = self.soft_labels() if soft else self.corrected_labels()
         start = self.base(torch.arange(self.num_classes)).exp() if soft else None
         row_ids = None
@@ -201,7 +208,7 @@ class SoftLabelCallback(MethodCallback):
                 f"the data set has {len(dataset)} samples, but labels were learned for {len(labels)}; "  # type: ignore[arg-type]
                 "give the one that was trained on"
             )
-        return CorrectedDataset(dataset, labels, start, target_key, self.index_key, row_ids)
+        return CorrectedDataset(dataset, labels, start, target_key, self.index_key, row_ids, self._given())
 
     # -- reports ---------------------------------------------------------------------------------------------------
 

@@ -96,6 +96,16 @@ class LearnableSoftLabels(SoftLabelCallback, MetaCallback):
         """Replace the losses by those of the soft labels."""
         return [_SoftLabels(self)]
 
+    @property
+    def own_target_key(self) -> str | int | None:
+        """That of the batch; a function of it says nothing about a sample."""
+        key = self.meta_options["target_key"]
+        if callable(key):
+            raise ValueError(
+                "target_key is a function of the batch; say where a sample holds its target: target_key=..."
+            )
+        return key
+
     def given_classes(self, call: LossCall) -> Tensor:
         """Class indices, ``(B,)``, 0 where ignored.
 

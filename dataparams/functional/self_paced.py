@@ -183,9 +183,10 @@ def clean_fraction(loss: Tensor) -> float:
     (more than two, for right labels alone are seldom one: some classes are easier), as many as the Bayesian information
     criterion chooses, smooths their density; the share is that above its deepest valley. A valley counts where the mode
     below it is one of labels that the model does not believe (p below 0.27), with odds less than 1 to 4.5 of those of
-    the mode above, and where it is at least 5% deep. Those bounds are ours, from small networks on digits and
-    Fashion-MNIST with none to 60% of the labels changed at random: within 0.06 of the truth from the first epoch on that
-    ranks wrong labels above right ones with an area under the curve of 0.97, within 0.03 in most.
+    the mode above, and where it is at least 2% deep. Those bounds are ours. Seen with small networks on digits and
+    Fashion-MNIST, labels changed at random, in epochs that ranked wrong labels above right ones with an area under the
+    curve of 0.98 or more: 0.57 to 0.64 for 0.6, 0.77 to 0.84 for 0.8, or none (1). For clean labels, balanced or with a
+    long tail: 1 in every epoch.
 
     Mixtures on losses: Arazo et al., "Unsupervised Label Noise Modeling and Loss Correction", ICML 2019; Li, Socher and
     Hoi, "DivideMix", ICLR 2020.
@@ -195,8 +196,9 @@ def clean_fraction(loss: Tensor) -> float:
             are not finite do not count.
 
     Returns:
-        In (0, 1]; 1 where no mode of wrong labels is seen: clean labels, a model that knows nothing yet or has memorised
-        all, or fewer than 20 losses. Labels changed from one class to one other (asymmetric) are hardly seen.
+        In (0, 1]; 1 where no mode of wrong labels is seen: clean labels, a model that knows nothing yet or has
+        memorised all, or fewer than 20 losses. Too small in a first epoch that has learned some classes only. Labels
+        changed from one class to one other (asymmetric) are seen in some epochs and missed in others.
     """
     loss = loss.detach().flatten().double().cpu()
     loss = loss[loss.isfinite()].sort().values.clamp(*LOSS_RANGE)
@@ -210,7 +212,7 @@ def clean_fraction(loss: Tensor) -> float:
     below = np.array([density[: place + 1].argmax() for place in range(len(grid))])
     above = np.array([place + density[place:].argmax() for place in range(len(grid))])
     depth = 1 - density / np.minimum(density[below], density[above])
-    counts = (depth > 0.05) & (grid[below] < UNBELIEVED) & (grid[above] - grid[below] > APART)
+    counts = (depth > 0.02) & (grid[below] < UNBELIEVED) & (grid[above] - grid[below] > APART)
     if not counts.any():
         return 1.0
     return float((log_odds > grid[np.where(counts, depth, 0).argmax()]).mean())

@@ -223,7 +223,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 if name not in saved:
                     raise ValueError(
                         f"the saved state has {sorted(saved)}, {type(self).__name__} needs {sorted(state)}: it was "
-                        "made by another optimizer, or without momentum"
+                        "made by another optimizer (another update=, say), or without momentum"
                     )
                 if saved[name].shape != buffer.shape:
                     raise ValueError(

@@ -15,6 +15,7 @@ from every_method_helpers import CLASSES, INERT, QUIET, SAMPLES, Numbered, StepM
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dataparams import LearnableSoftLabels
 from dataparams.callbacks.corrected_dataset import CorrectedDataset
 from dataparams.callbacks.pencil import Pencil
 
@@ -178,3 +179,31 @@ def test_a_sample_without_a_target_says_what_it_has(make: Any, target_key: Any, 
     corrected = CorrectedDataset(Shaped(make), LABELS, target_key=target_key)
     with pytest.raises(KeyError, match=rf"target_key={target_key!r} does not say.*{message}"):
         corrected[0]
+
+
+@pytest.mark.parametrize("target_key", [None, 1])
+def test_what_is_not_the_given_label_is_not_overwritten(target_key: int | None):
+    """(x, weight, y), where the callback was not told; or another data set of the same length."""
+    data = Shaped(lambda x, y: (x, 5, y))
+    corrected = CorrectedDataset(data, LABELS, target_key=target_key, given=torch.tensor(GIVEN))
+    with pytest.raises(ValueError, match="sample 0 has 5 at target_key=1.*learned from class 0"):
+        corrected[0]
+    right = CorrectedDataset(data, LABELS, target_key=2, given=torch.tensor(GIVEN))
+    assert [right[i][1:] for i in range(4)] == [(5, 2), (5, 1), (5, 0), (5, 1)]
+
+
+def test_the_callbacks_own_target_key_is_the_default():
+    class Weighted(Numbered):
+        def __getitem__(self, index: int) -> Any:
+            x, y = super().__getitem__(index)
+            return x, 1.0, y
+
+    def step(own: StepModel, batch: Any) -> Tensor:
+        return own.criterion(own(batch[0]), batch[2])
+
+    data = Weighted()
+    callback = LearnableSoftLabels(CLASSES, meta=DataLoader(Weighted(9), batch_size=4), target_key=2)
+    fit(callback, DataLoader(data, batch_size=8), model=StepModel(step, criterion=torch.nn.CrossEntropyLoss()))
+    corrected = callback.corrected_dataset(data)
+    assert [corrected[i][1] for i in range(SAMPLES)] == [1.0] * SAMPLES
+    assert [int(corrected[i][2]) for i in range(SAMPLES)] == callback.corrected_labels().tolist()

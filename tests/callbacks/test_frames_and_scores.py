@@ -9,8 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from every_method_helpers import CLASSES, INERT, QUIET, SAMPLES, Model, Numbered, fit, make_loader
+from every_method_helpers import CLASSES, INERT, QUIET, SAMPLES, Model, Numbered, StepModel, fit, make_loader
 from sklearn.metrics import roc_auc_score
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from dataparams import DataParameters, TrainingDynamics
 from dataparams.callbacks import ELR
@@ -156,9 +158,24 @@ def test_a_method_adds_detectors_by_naming_a_column_and_a_sign():
     callback = Trusting()
     fit(callback)
     assert callback.scores(callback.to_frame()).keys() == {"mean_loss", "margin", "distrust"}
-    assert callback.suspects(4, by="distrust")["index"].tolist() == [0, 7, 14, 21]
+    worst = callback.suspects(4, by="distrust")
+    assert set(worst["index"]) == {0, 7, 14, 21}
+    assert worst["mean_loss"].is_monotonic_decreasing  # equal scores by mean loss
     assert callback.auroc(np.arange(SAMPLES) % 7 < 3)["distrust"] == 1.0
     assert TrainingDynamics.detectors.keys() == {"mean_loss", "margin"}  # its own, not everybody's
+
+
+def test_a_score_without_a_value_is_no_score_and_one_kind_of_sample_has_no_auroc():
+    callback = TrainingDynamics()
+    data = TensorDataset(torch.randn(12, 3), torch.randn(12, 1))
+    model = StepModel(lambda own, batch: own.criterion(own.line(batch[0]), batch[1]), criterion=nn.MSELoss())
+    model.line = nn.Linear(3, 1)
+    fit(callback, DataLoader(data, batch_size=4), model=model, max_epochs=1)
+    assert callback.scores(callback.to_frame()).keys() == {"mean_loss"}  # a regression has no margin
+    with pytest.raises(ValueError, match="margin.*not a score"):
+        callback.suspects(by="margin")
+    assert np.isnan(callback.auroc(np.zeros(12))["mean_loss"])
+    assert np.isnan(callback.auroc(np.ones(12))["mean_loss"])
 
 
 def test_the_gap_of_a_run_is_corrupt_less_clean_at_the_last_epoch():
