@@ -7,6 +7,7 @@ from dataparams.callbacks import (
     InstanceLearningRates,
     LabelSmoothing,
     LearnableSoftLabels,
+    SelfPacedSelection,
     SuperLoss,
     TrainingDynamics,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "ParameterTable",
     "RowAdam",
     "RowSGD",
+    "SelfPacedSelection",
     "SuperLoss",
     "TrainingDynamics",
 ]

@@ -91,14 +91,25 @@ def test_seeds_are_drawn_in_proportion_to_the_mean_loss(known):
     assert p_value(drawn[likely], torch.ones(int(likely.sum()))) < 1e-6
 
 
-def test_losses_that_are_all_zero_are_uniform_and_those_that_are_not_finite_are_not_noted():
+def test_losses_that_are_all_zero_are_uniform():
     index = make_index()
     plain, sampler = MagnetBatchSampler(index, seed=3), MagnetBatchSampler(index, seed=3)
     sampler.update_losses(torch.arange(N), torch.zeros(N))
-    sampler.update_losses(torch.arange(3), torch.tensor([torch.nan, torch.inf, -torch.inf]))
     for one in (plain, sampler):
         one.set_epoch(1)
     assert torch.equal(plain.plan(), sampler.plan())
+
+
+def test_losses_that_are_not_finite_leave_what_was_known():
+    index = make_index()
+    plain, spoiled = MagnetBatchSampler(index, seed=3), MagnetBatchSampler(index, seed=3)
+    for one in (plain, spoiled):
+        one.update_losses(torch.arange(N), torch.arange(float(N)))
+    spoiled.update_losses(torch.tensor([0, 300, 599]), torch.tensor([torch.nan, torch.inf, -torch.inf]))
+    for one in (plain, spoiled):
+        one.set_epoch(1)
+    assert torch.equal(plain.state_dict()["losses"], spoiled.state_dict()["losses"])
+    assert torch.equal(plain.plan(), spoiled.plan())
 
 
 def test_examples_are_drawn_without_replacement_and_evenly():

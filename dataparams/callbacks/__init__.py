@@ -6,6 +6,7 @@ from dataparams.callbacks.data_parameters import DataParameters
 from dataparams.callbacks.finetune_meta import FineTuneMeta
 from dataparams.callbacks.instance_learning_rates import InstanceLearningRates
 from dataparams.callbacks.pencil import Pencil
+from dataparams.callbacks.self_paced import SelfPacedSelection
 from dataparams.callbacks.soft_labels import LearnableSoftLabels
 from dataparams.callbacks.training_dynamics import TrainingDynamics
 
@@ -19,6 +20,7 @@ __all__ = [
     "LearnableSoftLabels",
     "MethodCallback",
     "Pencil",
+    "SelfPacedSelection",
     "SuperLoss",
     "TrainingDynamics",
 ]

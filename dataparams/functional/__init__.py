@@ -5,7 +5,16 @@ from dataparams.functional.gce import generalized_cross_entropy
 from dataparams.functional.label_smoothing import smoothed_cross_entropy
 from dataparams.functional.learning_rates import alignment, learning_rate_gradient, sample_products
 from dataparams.functional.lookahead import adam_derivative, inner_products, sgd_derivative
+from dataparams.functional.magnet import k_nearest_clusters, magnet_loss
 from dataparams.functional.pencil import classification_loss, pencil_loss
+from dataparams.functional.self_paced import (
+    class_floor,
+    clean_fraction,
+    easiest_count,
+    initial_age,
+    self_paced_selection,
+    top_fraction,
+)
 from dataparams.functional.soft_labels import (
     centered,
     label_gradient,
@@ -27,21 +36,28 @@ __all__ = [
     "adam_derivative",
     "alignment",
     "centered",
+    "class_floor",
     "classification_loss",
+    "clean_fraction",
     "data_parameter_loss",
+    "easiest_count",
     "elr_regularizer",
     "elr_target",
     "generalized_cross_entropy",
+    "initial_age",
     "inner_products",
+    "k_nearest_clusters",
     "label_gradient",
     "lambert_w",
     "learning_rate_gradient",
     "logit_gradient",
+    "magnet_loss",
     "pencil_loss",
     "regression_loss",
     "sample_products",
     "scale_log_probs",
     "scale_logits",
+    "self_paced_selection",
     "sgd_derivative",
     "smoothed_cross_entropy",
     "smoothed_log_label",
@@ -49,4 +65,5 @@ __all__ = [
     "soft_label",
     "superloss",
     "temperature",
+    "top_fraction",
 ]

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dataparams.functional.self_paced import (
@@ -19,6 +20,7 @@ from dataparams.functional.self_paced import (
     self_paced_selection,
     top_fraction,
 )
+from dataparams.tasks import DigitsData, SmallCNN
 
 N = 8
 SUBSETS = torch.tensor(list(itertools.product([0.0, 1.0], repeat=N)), dtype=torch.float64)  # (2^N, N)
@@ -96,6 +98,12 @@ def test_diversity_takes_from_every_cluster_what_the_age_alone_takes_from_one():
     cluster = torch.tensor([0, 0, 0, 0, 1, 1, 1])
     assert self_paced_selection(loss, cluster, 0.5, 0.0).tolist() == [True] * 4 + [False] * 3
     assert self_paced_selection(loss, cluster, 0.25, 0.8).tolist() == [True, True, True, True, True, False, False]
+
+
+def test_a_loss_at_the_threshold_is_not_selected():
+    loss, cluster = torch.tensor([1.0, 0.75, 2.0, 0.5]), torch.tensor([0, 1, 2, 2])
+    assert self_paced_selection(loss, cluster, 0.5, 0.5).tolist() == [False, True, False, True]
+    assert self_paced_selection(loss, cluster, 0.75, 0.0).tolist() == [False, False, False, True]
 
 
 @pytest.mark.parametrize(("age", "diversity"), [(math.inf, 0.0), (0.0, math.inf), (math.inf, math.inf)])
@@ -271,12 +279,35 @@ def test_the_clean_fraction_of_two_modes(share):
         assert clean_fraction(loss) == pytest.approx(1 - float(wrong.double().mean()), abs=0.025)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.4])
+def test_the_clean_fraction_of_a_network_on_digits(rate):
+    """From the epochs that have learned something and memorised nothing yet."""
+    data = DigitsData(noise="symmetric" if rate else "none", noise_rate=rate, seed=0)
+    data.setup()
+    images, labels = data.train_set.normalise(data.train_set.images), data.train_set.labels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = SmallCNN()
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+        for epoch in range(6):
+            for batch in torch.randperm(len(labels)).split(32):
+                optimizer.zero_grad()
+                F.cross_entropy(network(images[batch]), labels[batch]).backward()
+                optimizer.step()
+            with torch.no_grad():
+                found = clean_fraction(F.cross_entropy(network(images), labels, reduction="none"))
+            if epoch >= 2:
+                assert found == pytest.approx(1 - rate, abs=0.04 if rate else 0.0)
+
+
 def test_without_a_mode_of_wrong_labels_all_look_right():
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(3000, generator=generator, dtype=torch.float64)
     assert clean_fraction(mixture_losses(0.0)[0]) == 1.0  # two modes, both of right labels
     assert clean_fraction(torch.rand(3000, generator=generator, dtype=torch.float64).log().neg()) == 1.0
     assert clean_fraction(torch.nn.functional.softplus(2.2 + 0.1 * normal)) == 1.0  # a model that knows nothing yet
+    halves = torch.where(normal > 0, -1.6, -2.6) + 0.1 * normal.flip(0)
+    assert clean_fraction(torch.nn.functional.softplus(-halves)) == 1.0  # one that has learned half of the classes
     assert clean_fraction((normal * 2 - 8).exp()) == 1.0  # one that has memorised all
     assert clean_fraction(torch.zeros(3000)) == 1.0
     assert clean_fraction(torch.full((100,), 2.3)) == 1.0

@@ -1,0 +1,373 @@
+"""Self-paced selection: training on the easy samples first, in every cluster, and on more of them round by round.
+
+What is learned: nothing; what is kept is who is selected, from which round, at which loss. A round is an epoch. The
+selection takes over which samples the training loader yields: as many an epoch as before (the selected ones in
+reshuffled passes), so that schedules, validation and ``max_steps`` stay as they are.
+
+How to use::
+
+    trainer = L.Trainer(callbacks=[SelfPacedSelection(max_fraction="auto")])
+    trainer.fit(model, train_loader)
+    trainer.callbacks[0].to_frame()              # first_round: when a sample came in; NaN: never
+
+When it helps: wrong labels, with a limit on how much is ever selected (``max_fraction``), which is the whole result.
+When it does not: clean data. The published threshold rule (``rule="threshold"``) drops whole classes of clean or
+long-tailed data; the default takes the same share of every class or cluster, and is level with uniform training there.
+
+Suggested settings: ``max_fraction="auto"`` where labels may be wrong, else the defaults.
+
+Works with: every other method; the meta set of a look-ahead is left out. Cost: an evaluation pass over the training set
+every ``refresh_every`` rounds; with ``clusters="features"`` also k-means.
+
+Source: :mod:`dataparams.functional.self_paced`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
+from tqdm import trange
+
+from dataparams.batch import INPUT_NAMES, TARGET_NAMES, read_part
+from dataparams.callbacks.base import MethodCallback
+from dataparams.callbacks.clusters import Clusters
+from dataparams.callbacks.evaluation_pass import Evaluated, EvaluationPass
+from dataparams.callbacks.network import Network
+from dataparams.functional.dynamics import Observation
+from dataparams.ids import IndexKey
+from dataparams.index import wrapped_sampler
+from dataparams.sampling import trained_positions
+from dataparams.sampling.pace import Pace, Rule
+from dataparams.sampling.selection import loader_of_selected
+
+PRETRAIN_STEPS = 660  # as measured, see the README
+
+
+class SelfPacedSelection(MethodCallback):
+    """Chooses which samples the training loader yields, round by round.
+
+    Args:
+        rule: ``"fraction"`` (default), ``"threshold"`` (the published one), ``"count"`` or ``"random"`` (a control):
+            see :class:`dataparams.sampling.pace.Pace`.
+        clusters: ``"class"`` (default): the given classes; ``"features"``: k-means within each class on features;
+            ``"magnet"``: the same on an embedding trained beside the model by the Magnet loss.
+        embedding: where features come from: the name of a submodule of the user's module (its own trunk, as it stands),
+            a network ``x -> (B, E)``, the name of a torchvision model (untrained), or an array ``(N, E)`` by position.
+            Default: with ``"features"`` the first 32 principal components of the inputs.
+        mode: of ``"magnet"``: ``"concurrent"`` (default) trains the embedding a step beside each step of the model,
+            ``"pretrain"`` before the first round, ``"frozen"`` not at all.
+        start_fraction: share selected in the first round of selection, in (0, 1]; default 0.5.
+        growth: of the share, or of age and diversity, per round, at least 1; default 1.1.
+        max_fraction: largest share ever selected; ``"auto"`` finds the share of labels that look right from the losses;
+            default None: all in the end.
+        class_floor: fewest samples selected of a class: a number, or below 1 a share of the class. Default 0.1.
+        refresh_every: evaluation pass and clusters anew every so many rounds; in between the losses of training serve.
+            Default 1; 0: never after the first.
+        warmup_rounds: rounds on all samples before the first selection, at least 1, for an untrained model's losses say
+            nothing; default 1 [our choice].
+        diversity: see :class:`dataparams.sampling.pace.Pace`; default 1.
+        clusters_per_class: of k-means; default 8.
+        epoch: ``"keep"`` (default): as many updates an epoch as without selection; ``"shrink"``: one pass over the
+            selection, which schedules that count steps do not know of.
+        eval_dataset: the training samples without augmentation, in the same order; default: the loader's own data set.
+        input_key, target_key, logits: see :class:`dataparams.callbacks.meta.MetaCallback`.
+        seed: of the order of samples and of k-means.
+        **options: those of :class:`MethodCallback`.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    detectors: ClassVar = MethodCallback.detectors | {"selection_loss": ("selection_loss", 1.0)}
+
+    def __init__(
+        self,
+        rule: Rule = "fraction",
+        clusters: Literal["class", "features", "magnet"] = "class",
+        embedding: Any = None,
+        mode: Literal["concurrent", "pretrain", "frozen"] = "concurrent",
+        *,
+        start_fraction: float = 0.5,
+        growth: float = 1.1,
+        max_fraction: float | Literal["auto"] | None = None,
+        class_floor: float = 0.1,
+        refresh_every: int = 1,
+        warmup_rounds: int = 1,
+        diversity: float = 1.0,
+        clusters_per_class: int = 8,
+        epoch: Literal["keep", "shrink"] = "keep",
+        eval_dataset: Any = None,
+        input_key: IndexKey | None = None,
+        target_key: IndexKey | None = None,
+        logits: Any = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        for name, value, least in (("refresh_every", refresh_every, 0), ("warmup_rounds", warmup_rounds, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if epoch not in ("keep", "shrink"):
+            raise ValueError(f"epoch must be 'keep' or 'shrink', got {epoch!r}")
+        if isinstance(eval_dataset, IterableDataset):
+            raise ValueError("eval_dataset must be map-style: its samples are found by position")
+        self.pace = Pace(rule, start_fraction, growth, max_fraction, class_floor, diversity, seed)
+        self.clusterer = Clusters(clusters, embedding, mode, clusters_per_class, seed)
+        self.refresh_every = refresh_every
+        self.warmup_rounds = warmup_rounds
+        self.epoch = epoch
+        self.eval_dataset = eval_dataset
+        self.input_key = input_key
+        self.target_key = target_key
+        self.logits = logits
+        self.seed = seed
+        self.round = 0  # epochs that have ended
+        # By row, once there was a selection:
+        self.selected: Tensor | None = None
+        self.selection_loss = torch.zeros(0)
+        self.first_round = torch.zeros(0, dtype=torch.int32)
+        self.cluster = torch.zeros(0, dtype=torch.int64)
+        self._label = torch.zeros(0, dtype=torch.int64)
+        self._rows: Tensor | None = None  # of the candidates, where they are not their positions
+        self._candidates = torch.zeros(0, dtype=torch.int64)
+        self._global_step = 0
+        self._loader: DataLoader | None = None
+        self._network: Network | None = None
+
+    # -- the loader ------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Join; take over the training loader."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self._session is not None:
+            if self.epoch == "shrink":
+                self._check_shrink(trainer)
+            self._loader = None
+            self._session.tracker.edits.append(lambda loader: self._take_over(loader, trainer))
+
+    def _check_shrink(self, trainer: L.Trainer) -> None:
+        interval, limit = trainer.val_check_interval, trainer.limit_train_batches
+        if interval != 1.0 or (isinstance(limit, float) and limit != 1.0):
+            raise ValueError(
+                f"epoch='shrink' changes the number of batches an epoch, with which val_check_interval={interval} or "
+                f"limit_train_batches={limit} would mean something else each time; leave them at 1.0, or keep the "
+                "epoch's length (epoch='keep')"
+            )
+
+    def _take_over(self, loader: Any, trainer: L.Trainer) -> Any:
+        dataset = getattr(loader, "dataset", None)
+        if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset):
+            if self.index_key is None and self.num_rows is None:
+                return loader  # the tracker says what is wrong with it for every method
+            raise ValueError(
+                "SelfPacedSelection needs a DataLoader over a map-style training data set, to choose from it"
+            )
+        if isinstance(loader.sampler, WeightedRandomSampler):
+            raise ValueError(
+                "the training loader's WeightedRandomSampler chooses samples by weight, which a selection would undo; "
+                "use one of the two"
+            )
+        if self.eval_dataset is not None and len(self.eval_dataset) != len(dataset):  # type: ignore[arg-type]
+            raise ValueError(
+                f"eval_dataset has {len(self.eval_dataset)} samples, the training data set {len(dataset)}; they must "  # type: ignore[arg-type]
+                "be the same samples in the same order"
+            )
+        self._loader, self._candidates = loader, trained_positions(loader, wrapped_sampler)
+        shrink = self.epoch == "shrink"
+        rank, world_size = trainer.global_rank, trainer.world_size
+        return loader_of_selected(loader, self._selection, self.seed, rank, world_size, shrink)
+
+    def _selection(self) -> tuple[int, Tensor | None]:
+        """The round, and the positions selected in it; None: all."""
+        if self.selected is None or self.round < self.warmup_rounds:
+            return self.round, None
+        mask = self.selected[self._candidates if self._rows is None else self._rows]
+        return self.round, None if bool(mask.all()) else self._candidates[mask]
+
+    # -- rounds ----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Know the network; one loader only."""
+        super().on_train_start(trainer, pl_module)
+        if self._session is None:
+            return
+        if self._session.tracker.num_loaders > 1:
+            raise ValueError("SelfPacedSelection chooses from one training loader, and there are several")
+        self._global_step = trainer.global_step
+        self._network = Network(pl_module, self.logits, trainer.strategy.root_device)
+        self.clusterer.start(trainer, pl_module)
+        self._announce_length(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tell the trainer how long a shrunken epoch is."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._announce_length(trainer)
+
+    def _announce_length(self, trainer: L.Trainer) -> None:
+        if self.epoch == "shrink" and self._session is not None:
+            self._session.tracker.announce_length(trainer)
+
+    def observe(self, index: Tensor, seen: Observation) -> None:
+        """Losses of training, for rounds without an evaluation pass."""
+        if self.refresh_every != 1 and len(self.selection_loss):
+            loss = torch.where(seen.valid, seen.loss.float(), torch.full_like(seen.loss.float(), torch.nan))
+            self.selection_loss[index.cpu()] = loss.cpu()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A round is over: select the next one's samples."""
+        self.round += 1
+        number = self.round - self.warmup_rounds
+        if self._session is not None and number >= 0:
+            due = number % self.refresh_every == 0 if self.refresh_every else self.selected is None
+            if due or self.selected is None:
+                self._look(trainer, pl_module)
+            self._select(number, trainer)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def _read_input(self, batch: Any) -> Any:
+        return read_part(batch, self.input_key, INPUT_NAMES, 0, "input_key", self.index_key)
+
+    def _look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        session, network = self._session, self._network
+        assert session is not None
+        assert network is not None
+        assert self._loader is not None
+        criterion = session.objective.criterion
+        if criterion is None:
+            raise RuntimeError("no loss was computed in the round, so that none can be selected by")
+        look = EvaluationPass(
+            trainer, session.tracker, self._loader, self.eval_dataset, self._candidates,
+            self._read_input,
+            lambda batch: read_part(batch, self.target_key, TARGET_NAMES, 1, "target_key", self.index_key),
+        )  # fmt: skip
+        rows = self._candidates if self._rows is None else self._rows
+        selected = None if self.selected is None else self.selected[rows]
+        self._keep(self.clusterer.look(look, module, network, criterion, selected))
+
+    def _keep(self, found: Evaluated) -> None:
+        if self.index_key is not None:
+            self._rows = found.rows
+        size = max(int(found.rows.max()) + 1, len(self.selection_loss), self.num_rows_built or 0)
+        grown = size - len(self.selection_loss)
+        if grown:
+            self.selection_loss = torch.cat([self.selection_loss, torch.full((grown,), torch.nan)])
+            self.first_round = torch.cat([self.first_round, torch.full((grown,), -1, dtype=torch.int32)])
+            self.cluster = torch.cat([self.cluster, torch.full((grown,), -1)])
+            self._label = torch.cat([self._label, torch.full((grown,), -1)])
+        self.selection_loss[found.rows] = found.loss
+        self._label[found.rows] = found.label
+        self.cluster[found.rows] = self.clusterer.assign(found)
+
+    def _select(self, number: int, trainer: L.Trainer) -> None:
+        rows = self._candidates if self._rows is None else self._rows
+        mask = self.pace.select(number, self.selection_loss[rows], self.cluster[rows], self._label[rows])
+        self.selected = torch.zeros(len(self.selection_loss), dtype=torch.bool)
+        self.selected[rows] = mask
+        entered = self.selected & (self.first_round < 0)
+        self.first_round[entered] = self.round
+        self._train_embedding(trainer, mask)
+        rank_zero_info(
+            f"SelfPacedSelection: {int(mask.sum()):,} of {len(rows):,} samples in round {self.round} (at most "
+            f"{self.pace.limit:.0%})"
+        )
+
+    # -- the embedding ---------------------------------------------------------------------------------------------
+
+    def _train_embedding(self, trainer: L.Trainer, mask: Tensor) -> None:
+        """From now on on those selected; all of a pretraining at once, after the first selection."""
+        magnet, index = self.clusterer.magnet, self.clusterer.index
+        if magnet is None or index is None or self.clusterer.mode == "frozen":
+            return
+        magnet.refresh(index, self._candidates, mask, self.round, trainer)
+        if self.clusterer.mode == "pretrain" and magnet.steps == 0:
+            for _ in trange(PRETRAIN_STEPS, desc="training the embedding", leave=False, disable=_hidden(trainer)):
+                self._step_embedding(trainer)
+
+    def _step_embedding(self, trainer: L.Trainer) -> None:
+        assert self._session is not None
+        assert self._loader is not None
+        assert self.clusterer.magnet is not None
+        self.clusterer.magnet.step(trainer, self._session.tracker, self._loader, self._read_input)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A step of the embedding beside each of the model's, which may take several batches."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        stepped, self._global_step = trainer.global_step != self._global_step, trainer.global_step
+        trains = self.clusterer.magnet is not None and self.clusterer.mode == "concurrent"
+        if self._session is not None and trains and stepped:
+            self._step_embedding(trainer)
+
+    # -- what the user gets ----------------------------------------------------------------------------------------
+
+    def columns(self, frame: pd.DataFrame) -> dict[str, Any]:
+        """``first_round``: epoch (from 0) at whose start the sample was first selected, NaN: never; ``selected`` in the
+        last round; ``selection_loss`` and ``cluster`` of the last look."""
+        count = len(frame)
+
+        def padded(values: Tensor, missing: float) -> np.ndarray:
+            column = np.full(count, missing)
+            column[: len(values)] = values[:count].double().numpy()
+            return column
+
+        first = padded(self.first_round, -1)
+        selected = np.zeros(count, dtype=bool) if self.selected is None else padded(self.selected, 0).astype(bool)
+        return {
+            "first_round": np.where(first < 0, np.nan, first),
+            "selected": selected,
+            "selection_loss": padded(self.selection_loss, np.nan),
+            "cluster": padded(self.cluster, -1).astype(np.int64),
+        }
+
+    def summary(self, rows: pd.DataFrame) -> dict[str, float]:
+        """``selected_fraction_last``; where the truth is known ``selection_purity_first`` and ``_last``: the share of
+        right labels among those first, and last, selected."""
+        if "first_round_last" not in rows or not rows["first_round_last"].notna().any():
+            return {}
+        known = rows[rows["selection_loss_last"].notna()]
+        results = {"selected_fraction_last": float(known["selected_last"].mean())}
+        if "is_corrupt" in rows:
+            clean = ~np.asarray(known["is_corrupt"], dtype=bool)
+            entered = np.asarray(known["first_round_last"], dtype=np.float64)
+            first = entered == np.nanmin(entered)
+            for name, part in (("first", first), ("last", np.asarray(known["selected_last"], dtype=bool))):
+                if part.any():
+                    results[f"selection_purity_{name}"] = float(clean[part].mean())
+        return results
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The shared state; who is selected, since when, at which loss; the pace; the embedding."""
+        state = super().state_dict()
+        if not state:
+            return state
+        own = {
+            "round": self.round, "selected": self.selected, "selection_loss": self.selection_loss,
+            "first_round": self.first_round, "cluster": self.cluster, "label": self._label, "rows": self._rows,
+            "pace": self.pace.state_dict(), "clusters": self.clusterer.state_dict(),
+        }  # fmt: skip
+        return state | {"selection": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore those too."""
+        super().load_state_dict(state_dict)
+        if not (own := state_dict.get("selection")):
+            return
+        self.round, self.selected, self._rows = own["round"], own["selected"], own["rows"]
+        self.selection_loss, self.first_round = own["selection_loss"].clone(), own["first_round"].clone()
+        self.cluster, self._label = own["cluster"].clone(), own["label"].clone()
+        self.pace.load_state_dict(own["pace"])
+        self.clusterer.load_state_dict(own["clusters"])
+
+
+def _hidden(trainer: L.Trainer) -> bool:
+    return trainer.progress_bar_callback is None or not trainer.is_global_zero
