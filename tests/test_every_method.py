@@ -71,7 +71,7 @@ METHODS: dict[str, Method] = {
         neutral=lambda: InstanceLearningRates(CLASSES, "class", meta=trusted(), lr=0.0),
     ),
     "soft_labels": Method(lambda: LearnableSoftLabels(CLASSES, meta=trusted())),
-    "class_soft_labels": Method(lambda: LearnableSoftLabels(CLASSES, "class", meta=trusted())),
+    "class_soft_labels": Method(lambda: LearnableSoftLabels(CLASSES, "class", lr=0.5, meta=trusted())),
     "pencil": Method(lambda: Pencil(CLASSES, warmup_epochs=0, label_epochs=9)),
     "selection": Method(SelfPacedSelection, neutral=lambda: SelfPacedSelection(start_fraction=1.0)),
     "selection_by_features": Method(lambda: SelfPacedSelection("threshold", "features", clusters_per_class=2)),

@@ -42,6 +42,8 @@ from dataparams.tables import ParameterTable
 
 Update = Literal["max", "sign", "adam", "sgd"]
 RATES: dict[Update, float] = {"max": 1.0, "sign": 0.5, "adam": 0.1, "sgd": 1000.0}
+# A class is visited at every step, a sample once an epoch: at the samples' rate a class's label ends as a one-hot.
+CLASS_RATES: dict[Update, float] = {"max": 0.02, "sign": 0.01, "adam": 0.01, "sgd": 20.0}
 
 
 class LearnableSoftLabels(SoftLabelCallback, MetaCallback):
@@ -54,7 +56,7 @@ class LearnableSoftLabels(SoftLabelCallback, MetaCallback):
             largest entry; ``"sign"`` of the same; ``"adam"`` and ``"sgd"`` on the gradient with respect to the label's
             logits, which vanishes for classes without probability.
         lr: rate of the update, at least 0; default 1 for max: one visit can move a logit by 1. 0.5 for sign, 0.1 for
-            adam, 1000 for sgd.
+            adam, 1000 for sgd. For ``level="class"``, whose rows are visited at every step, 0.02, 0.01, 0.01 and 20.
         prior: share of the way back to the initial label that a visited label goes, in [0, 1); default 0. For adam and
             sgd it is a weight decay of the logits' offsets.
         **options: ``confidence``, ``dtype``, ``top_k`` (see :class:`SoftLabelCallback`); ``meta``, ``every_n_steps``,
@@ -79,7 +81,7 @@ class LearnableSoftLabels(SoftLabelCallback, MetaCallback):
         if not 0 <= prior < 1:
             raise ValueError(f"prior must be in [0, 1), got {prior}")
         self.update: Update = update
-        self.lr = RATES[update] if lr is None else lr
+        self.lr = (CLASS_RATES if level == "class" else RATES)[update] if lr is None else lr
         self.prior = prior
         super().__init__(num_classes, level, **options)
         self.try_out()
