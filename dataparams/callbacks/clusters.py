@@ -10,18 +10,19 @@ import lightning as L
 import numpy as np
 import torch
 import torchvision
-from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from dataparams.callbacks.evaluation_pass import Evaluated, EvaluationPass
 from dataparams.callbacks.magnet import MagnetTraining
 from dataparams.callbacks.network import Network
 from dataparams.objective import Criterion
+from dataparams.randomness import isolated, mixed
 from dataparams.sampling.clusters import ClusterIndex, cluster_by_class
 
 Kind = Literal["class", "features", "magnet"]
 Mode = Literal["concurrent", "pretrain", "frozen"]
 COMPONENTS, FITTED = 32, 5000  # of the principal components: how many, and of how many samples
+WEIGHTS = 10  # a use of the seed
 CHUNK = 1 << 16  # samples compared with all centers at a time
 
 
@@ -57,7 +58,7 @@ class Clusters:
         self.trunk: str | None = None
         self.network: nn.Module | None = None
         self.magnet: MagnetTraining | None = None
-        self._components: PCA | None = None
+        self._components: Any = None
         self._read(embedding)
         if kind == "magnet" and self.network is None:
             raise ValueError(
@@ -71,7 +72,8 @@ class Clusters:
         if isinstance(embedding, nn.Module):
             self.network = embedding
         elif isinstance(embedding, str) and embedding in torchvision.models.list_models():
-            self.network = torchvision.models.get_model(embedding)
+            with isolated(torch.device("cpu"), mixed(self.seed, WEIGHTS)):
+                self.network = torchvision.models.get_model(embedding)
         elif isinstance(embedding, str):
             self.trunk = embedding
         elif embedding is not None:
@@ -83,8 +85,6 @@ class Clusters:
         Raises:
             ValueError: no such submodule.
         """
-        if self.network is not None:
-            self.network.to(trainer.strategy.root_device)
         if self.trunk is not None:
             try:
                 module.get_submodule(self.trunk)
@@ -93,6 +93,18 @@ class Clusters:
                     f"embedding={self.trunk!r} is neither a submodule of {type(module).__name__} nor a model of "
                     "torchvision"
                 ) from None
+
+    def check_length(self, count: int) -> None:
+        """Features that are given belong to the training data set's samples, by position.
+
+        Raises:
+            ValueError: another number of them.
+        """
+        if self.given is not None and len(self.given) != count:
+            raise ValueError(
+                f"embedding has features of {len(self.given)} samples, the training data set {count}; give a row for "
+                "each sample, in the data set's order (of a Subset: the Subset's)"
+            )
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
@@ -116,16 +128,20 @@ class Clusters:
         features, handle = self._features(module)
         modules = [module] if self.network is None else [module, self.network]
         try:
-            found = look.run(modules, network, criterion, features)
+            with network.silent():
+                found = look.run(modules, network, criterion, features)
         finally:
             if handle is not None:
                 handle.remove()
         if self.kind == "class":
             return found
         values = self._values(found)
-        chosen = torch.ones_like(found.label, dtype=torch.bool)
+        finite = found.loss.isfinite()
+        chosen = finite
         if self.magnet is not None and selected is not None:
-            chosen = selected
+            chosen = finite & selected
+            # A class without any has clusters of its own too, for the day that it comes in.
+            chosen = chosen | (finite & ~torch.isin(found.label, found.label[chosen]))
         index = cluster_by_class(values[chosen], found.label[chosen], self.clusters_per_class, self.seed)
         cluster = nearest_of_class(values, found.label, index)
         cluster[chosen] = index.cluster
@@ -148,17 +164,14 @@ class Clusters:
 
     def _values(self, found: Evaluated) -> Tensor:
         if self.given is not None:
-            if int(found.positions.max()) >= len(self.given):
-                raise ValueError(
-                    f"embedding has features of {len(self.given)} samples, but the training data has position "
-                    f"{int(found.positions.max())}: give a row for every sample of the data set"
-                )
             return self.given[found.positions]
         assert found.features is not None
         if self.network is not None or self.trunk is not None:
             return found.features
         flat = found.features.numpy()
         if self._components is None:
+            from sklearn.decomposition import PCA  # a second and a half to import, for those who need it
+
             count = min(COMPONENTS, *flat.shape)
             chosen = np.linspace(0, len(flat) - 1, min(FITTED, len(flat))).round().astype(np.int64)
             self._components = PCA(count, svd_solver="randomized", random_state=0).fit(flat[chosen])
@@ -175,7 +188,17 @@ class Clusters:
         return {} if self.network is None else {"network": self.network.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore them.
+
+        Raises:
+            ValueError: the state is of other clusters.
+        """
+        wanted = {"magnet"} if self.magnet is not None else set() if self.network is None else {"network"}
+        if set(state) != wanted:
+            raise ValueError(
+                f"the checkpoint's selection has an embedding of {sorted(state) or 'no kind'}, this one of "
+                f"{sorted(wanted) or 'no kind'}: make it with the arguments that it was trained with"
+            )
         if self.magnet is not None:
             self.magnet.load_state_dict(state["magnet"])
         elif self.network is not None:
@@ -183,7 +206,7 @@ class Clusters:
 
 
 def nearest_of_class(values: Tensor, labels: Tensor, index: ClusterIndex) -> Tensor:
-    """The nearest cluster of each sample's own class, ``(P,)``; -1 less the label where its class has none.
+    """The nearest cluster of each sample's own class, ``(P,)``; 0 where its class has none.
 
     Args:
         values: ``(P, E)``.
@@ -195,5 +218,5 @@ def nearest_of_class(values: Tensor, labels: Tensor, index: ClusterIndex) -> Ten
         distance = torch.cdist(points, index.centers.to(points))
         distance = distance.masked_fill(classes[:, None] != index.classes, torch.inf)
         nearest, cluster = distance.min(1)
-        found.append(torch.where(nearest.isinf(), -1 - classes, cluster))
+        found.append(torch.where(nearest.isinf(), torch.zeros_like(cluster), cluster))
     return torch.cat(found)

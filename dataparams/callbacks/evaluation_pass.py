@@ -124,6 +124,11 @@ class EvaluationPass:
         return self._joined([torch.cat(column) for column in zip(*found, strict=True)] if found else [])
 
     def _losses(self, criterion: Criterion, output: Tensor, target: Tensor) -> list[Tensor]:
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"forward(x) returns a {type(output).__name__}, not logits; say how to get to them: logits='submodule', "
+                "or logits=lambda module, x: ..."
+            )
         valid = torch.ones(len(output), dtype=torch.bool, device=output.device)
         seen = LossCall(criterion, output, target, torch.arange(len(output)), valid).observe()
         loss = torch.where(seen.valid, seen.loss.float(), torch.full_like(seen.loss.float(), torch.nan))

@@ -72,16 +72,22 @@ class MagnetTraining:
         else:
             self._sampler.refresh(index, selected)
         self._index, self._positions, self._selected = index, positions, selected
+        self._next_plan(number, trainer.world_size)
+
+    def _next_plan(self, number: int, world_size: int) -> None:
+        assert self._sampler is not None
         self._sampler.set_epoch(number)
-        self._plan, self._place = self._sampler.plan(), 0
+        plan = [self._sampler.plan()]
+        if world_size > 1:  # drawn by losses, which devices may round differently
+            dist.broadcast_object_list(plan, 0)
+        self._plan, self._place = plan[0], 0
 
     def step(self, trainer: L.Trainer, tracker: IndexTracker, loader: DataLoader, read_input: Any) -> None:
         """One step on the next batch; without clusters to draw from, none."""
         if self._sampler is None or self._index is None:
             return
         if self._place >= len(self._plan):
-            self._sampler.set_epoch(self._sampler.epoch + 1)
-            self._plan, self._place = self._sampler.plan(), 0
+            self._next_plan(self._sampler.epoch + 1, trainer.world_size)
         drawn = self._plan[self._place]
         device = trainer.strategy.root_device
         with isolated(device, mixed(self.seed, STEP, self.steps)), torch.enable_grad():

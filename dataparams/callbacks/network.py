@@ -87,17 +87,22 @@ class Network(nn.Module):
             random: generators start here.
             seed: or from this seed.
         """
-        states = [(metric, {name: _kept(value) for name, value in vars(metric).items()}) for metric in self.metrics]
-        vars(self.module)["log"] = vars(self.module)["log_dict"] = _nothing
         set_stance = getattr(torch.compiler, "set_stance", None)
         eagerly = set_stance("force_eager") if set_stance is not None and is_compiled(self.module) else nullcontext()
+        # fused attention has no forward-mode rule
+        with self.silent(), isolated(self.device, seed), eagerly, sdpa_kernel([SDPBackend.MATH]):
+            if random is not None:
+                random.restore(self.device)
+            with torch.autocast(self.device.type, enabled=False):
+                yield
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """What a pass inside logs goes nowhere, and metrics that it updates are put back."""
+        states = [(metric, {name: _kept(value) for name, value in vars(metric).items()}) for metric in self.metrics]
+        vars(self.module)["log"] = vars(self.module)["log_dict"] = _nothing
         try:
-            # fused attention has no forward-mode rule
-            with isolated(self.device, seed), eagerly, sdpa_kernel([SDPBackend.MATH]):
-                if random is not None:
-                    random.restore(self.device)
-                with torch.autocast(self.device.type, enabled=False):
-                    yield
+            yield
         finally:
             del vars(self.module)["log"], vars(self.module)["log_dict"]
             for metric, state in states:

@@ -149,12 +149,14 @@ class SelfPacedSelection(MethodCallback):
         if stage == "fit" and self._session is not None:
             if self.epoch == "shrink":
                 self._check_shrink(trainer)
+            if self.clusterer.network is not None:  # before a checkpoint brings the optimizer's state
+                self.clusterer.network.to(trainer.strategy.root_device)
             self._loader = None
             self._session.tracker.edits.append(lambda loader: self._take_over(loader, trainer))
 
     def _check_shrink(self, trainer: L.Trainer) -> None:
         interval, limit = trainer.val_check_interval, trainer.limit_train_batches
-        if interval != 1.0 or (isinstance(limit, float) and limit != 1.0):
+        if isinstance(interval, int) or interval != 1.0 or (isinstance(limit, float) and limit != 1.0):
             raise ValueError(
                 f"epoch='shrink' changes the number of batches an epoch, with which val_check_interval={interval} or "
                 f"limit_train_batches={limit} would mean something else each time; leave them at 1.0, or keep the "
@@ -179,6 +181,7 @@ class SelfPacedSelection(MethodCallback):
                 f"eval_dataset has {len(self.eval_dataset)} samples, the training data set {len(dataset)}; they must "  # type: ignore[arg-type]
                 "be the same samples in the same order"
             )
+        self.clusterer.check_length(len(dataset))  # type: ignore[arg-type]
         self._loader, self._candidates = loader, trained_positions(loader, wrapped_sampler)
         shrink = self.epoch == "shrink"
         rank, world_size = trainer.global_rank, trainer.world_size
@@ -200,6 +203,11 @@ class SelfPacedSelection(MethodCallback):
             return
         if self._session.tracker.num_loaders > 1:
             raise ValueError("SelfPacedSelection chooses from one training loader, and there are several")
+        if self.epoch == "shrink" and any(config.interval == "step" for config in trainer.lr_scheduler_configs):
+            raise ValueError(
+                "epoch='shrink' changes the number of steps, and a learning-rate scheduler with interval='step' counts on it; "
+                "step it once an epoch, or keep the epoch's length (epoch='keep')"
+            )
         self._global_step = trainer.global_step
         self._network = Network(pl_module, self.logits, trainer.strategy.root_device)
         self.clusterer.start(trainer, pl_module)
@@ -226,9 +234,10 @@ class SelfPacedSelection(MethodCallback):
         number = self.round - self.warmup_rounds
         if self._session is not None and number >= 0:
             due = number % self.refresh_every == 0 if self.refresh_every else self.selected is None
-            if due or self.selected is None:
+            if (due or self.selected is None) and self._session.objective.criterion is not None:
                 self._look(trainer, pl_module)
-            self._select(number, trainer)
+            if len(self.selection_loss):  # an inline loss is not known right after a resume without a batch
+                self._select(number, trainer)
         super().on_train_epoch_end(trainer, pl_module)
 
     def _read_input(self, batch: Any) -> Any:
@@ -240,8 +249,7 @@ class SelfPacedSelection(MethodCallback):
         assert network is not None
         assert self._loader is not None
         criterion = session.objective.criterion
-        if criterion is None:
-            raise RuntimeError("no loss was computed in the round, so that none can be selected by")
+        assert criterion is not None
         look = EvaluationPass(
             trainer, session.tracker, self._loader, self.eval_dataset, self._candidates,
             self._read_input,
@@ -309,8 +317,9 @@ class SelfPacedSelection(MethodCallback):
     # -- what the user gets ----------------------------------------------------------------------------------------
 
     def columns(self, frame: pd.DataFrame) -> dict[str, Any]:
-        """``first_round``: epoch (from 0) at whose start the sample was first selected, NaN: never; ``selected`` in the
-        last round; ``selection_loss`` and ``cluster`` of the last look."""
+        """``first_round``: epoch (from 0) at whose start the sample was first selected, NaN: never; ``selected`` for the
+        coming epoch (after the last one, for the one that a longer run would go on with); ``selection_loss`` and
+        ``cluster`` of the last look."""
         count = len(frame)
 
         def padded(values: Tensor, missing: float) -> np.ndarray:

@@ -184,6 +184,7 @@ class Session:
             )
             criterion = Criterion.of_module(wanted, name)
             self._criterion_name, self._criterion = name, wanted
+            self.objective.criterion = criterion
             before, after = make_hooks(self, criterion)
             self._handles.append(wanted.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(wanted.register_forward_hook(after, with_kwargs=True))

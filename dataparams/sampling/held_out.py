@@ -53,7 +53,7 @@ def trained_positions(loader: DataLoader, unwrap: Callable[[Any], Any] = lambda 
         loader: over a map-style data set.
         unwrap: see :func:`loader_without`.
     """
-    sampler = loader.sampler
+    sampler: Any = loader.sampler
     sampler = unwrap(sampler) or sampler
     if isinstance(sampler, _Mapped):
         return torch.tensor(sorted(sampler.kept))
@@ -61,7 +61,14 @@ def trained_positions(loader: DataLoader, unwrap: Callable[[Any], Any] = lambda 
         return torch.as_tensor(list(sampler.indices)).unique()
     if isinstance(sampler, WeightedRandomSampler):
         return torch.as_tensor(sampler.weights).nonzero().flatten()
-    return torch.arange(len(loader.dataset))  # type: ignore[arg-type]
+    count = len(loader.dataset)  # type: ignore[arg-type]
+    known = isinstance(sampler, SequentialSampler | RandomSampler | DistributedSampler | _Mapped)
+    if not known and hasattr(sampler, "__len__") and len(sampler) != count:
+        raise ValueError(
+            f"which samples a {type(sampler).__name__} of {len(sampler)} leaves out of {count} cannot be told; train on a "
+            "Subset of the data set, or use torch's SubsetRandomSampler"
+        )
+    return torch.arange(count)
 
 
 class _Mapped(Sampler[int]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -32,8 +34,9 @@ class Pace:
             ignores the loss.
         start_fraction: in (0, 1].
         growth: per round, at least 1.
-        max_fraction: in (0, 1]; ``"auto"``: the share of samples whose labels look right, estimated from the losses;
-            None: 1.
+        max_fraction: in (0, 1]; ``"auto"``: the share of samples whose labels look right, estimated from the losses of
+            each round: the median of the estimates that saw wrong labels, for a single one creeps up with what is
+            memorised, and sees nothing any more once all of it is. None: 1.
         floor: see :func:`dataparams.functional.class_floor`; 0: none.
         diversity: gamma at the start, in units of the age at the start, at least 0; of no use to the first rule.
         seed: of the control.
@@ -62,12 +65,13 @@ class Pace:
             raise ValueError(f"start_fraction must be in (0, 1], got {start_fraction}")
         if not growth >= 1:
             raise ValueError(f"growth must be at least 1, got {growth}")
-        if max_fraction is not None and max_fraction != "auto" and not 0 < float(max_fraction) <= 1:
+        given = max_fraction is not None and max_fraction != "auto"
+        if given and (isinstance(max_fraction, str) or not 0 < float(max_fraction or 0) <= 1):
             raise ValueError(f"max_fraction must be in (0, 1], 'auto' or None, got {max_fraction!r}")
-        if not floor >= 0:
-            raise ValueError(f"class_floor must be at least 0, got {floor}")
-        if not diversity >= 0:
-            raise ValueError(f"diversity must be at least 0, got {diversity}")
+        if not floor >= 0 or (floor > 1 and floor != int(floor)):
+            raise ValueError(f"class_floor is a share below 1 or a whole number of samples, got {floor}")
+        if not 0 <= diversity < math.inf:
+            raise ValueError(f"diversity must be finite and at least 0, got {diversity}")
         self.rule: Rule = rule
         self.start_fraction = start_fraction
         self.growth = growth
@@ -78,6 +82,7 @@ class Pace:
         self.age: float | None = None
         self.gamma: float | None = None
         self.limit = 1.0
+        self._estimates: list[float] = []  # of a model that has learned enough to tell, below 1
 
     def select(self, number: int, loss: Tensor, cluster: Tensor, label: Tensor) -> Tensor:
         """The selection of a round.
@@ -97,21 +102,28 @@ class Pace:
         if not bool(loss.isfinite().any()):
             raise ValueError("no sample has a finite loss, so none can be selected: has training diverged?")
         self.limit = self._limit(loss)
-        share = min(self.start_fraction * self.growth**number, self.limit)
+        grown = number * math.log(self.growth)  # the power itself would overflow
+        full = grown >= math.log(self.limit / self.start_fraction)
+        share = self.limit if full else self.start_fraction * math.exp(grown)
         if self.rule == "fraction":
             mask = top_fraction(loss, cluster, share)
         elif self.rule == "random":
             mask = self._by_lot(number, loss, cluster, share)
         elif self.rule == "count":
             age = initial_age(loss, self.start_fraction)
-            mask = easiest_count(loss, cluster, max(1, round(share * len(loss))), self.diversity * abs(age))
+            mask = easiest_count(
+                loss, cluster, max(1, round(share * int(loss.isfinite().sum()))), self.diversity * abs(age)
+            )
         else:
             mask = self._by_threshold(loss, cluster)
         return class_floor(mask, loss, label, self.floor) if self.floor else mask
 
     def _limit(self, loss: Tensor) -> float:
         if self.max_fraction == "auto":
-            return clean_fraction(loss)
+            estimate = clean_fraction(loss)
+            if self.start_fraction <= estimate < 1:  # below: some classes are not learned yet
+                self._estimates.append(estimate)
+            return median(self._estimates) if self._estimates else 1.0
         return 1.0 if self.max_fraction is None else float(self.max_fraction)
 
     def _by_threshold(self, loss: Tensor, cluster: Tensor) -> Tensor:
@@ -119,7 +131,8 @@ class Pace:
             self.gamma = self.diversity * abs(initial_age(loss, self.start_fraction))
             self.age = initial_age(loss, self.start_fraction, cluster, self.gamma)
         else:
-            self.age, self.gamma = self.growth * self.age, self.growth * self.gamma
+            self.age += (self.growth - 1) * abs(self.age)  # a negative age grows too
+            self.gamma *= self.growth
         mask = self_paced_selection(loss, cluster, self.age, self.gamma)
         finite = loss.isfinite()
         if int(mask.sum()) > self.limit * int(finite.sum()):
@@ -134,8 +147,9 @@ class Pace:
 
     def state_dict(self) -> dict[str, Any]:
         """Age and diversity as they have grown."""
-        return {"age": self.age, "gamma": self.gamma, "limit": self.limit}
+        return {"age": self.age, "gamma": self.gamma, "limit": self.limit, "estimates": list(self._estimates)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.age, self.gamma, self.limit = state["age"], state["gamma"], state["limit"]
+        self._estimates = list(state["estimates"])

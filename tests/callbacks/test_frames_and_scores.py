@@ -168,8 +168,8 @@ def test_a_method_adds_detectors_by_naming_a_column_and_a_sign():
 def test_a_score_without_a_value_is_no_score_and_one_kind_of_sample_has_no_auroc():
     callback = TrainingDynamics()
     data = TensorDataset(torch.randn(12, 3), torch.randn(12, 1))
-    model = StepModel(lambda own, batch: own.criterion(own.line(batch[0]), batch[1]), criterion=nn.MSELoss())
-    model.line = nn.Linear(3, 1)
+    line = nn.Linear(3, 1)
+    model = StepModel(lambda own, batch: own.criterion(line(batch[0]), batch[1]), criterion=nn.MSELoss(), line=line)
     fit(callback, DataLoader(data, batch_size=4), model=model, max_epochs=1)
     assert callback.scores(callback.to_frame()).keys() == {"mean_loss"}  # a regression has no margin
     with pytest.raises(ValueError, match="margin.*not a score"):
