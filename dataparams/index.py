@@ -289,6 +289,7 @@ class IndexTracker:
         limit = trainer.limit_train_batches
         if isinstance(limit, int):
             lengths = [min(length, limit) for length in lengths]
+        combined.limits = [*lengths]
         trainer.fit_loop.max_batches = trainer.val_check_batch = max(lengths)
 
     @property

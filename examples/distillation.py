@@ -7,12 +7,13 @@
 Teachers are a network trained on the given labels, one on smoothed labels, and two that learn the labels while they
 train: a soft label for each class, or for each image, judged by a small checked meta set (`LearnableSoftLabels`). The
 student, a quarter as wide, never sees a teacher's weights: it gets the training images and for each of them a
-distribution over classes, which is learned, or predicted by a teacher at its best epoch. Students differ in these labels
-and in nothing else: first weights, order of images and number of epochs are the same. One student gets the meta set's
-images and labels as well, and so knows what the learned labels know.
+distribution over classes, which is learned, or predicted by a teacher at its best epoch. Students differ in these
+labels and in nothing else: first weights, order of images and number of epochs are the same. One student gets the
+meta set's images and labels as well, and so knows what the learned labels know.
 
 Prints test accuracy at the best epoch by validation (whose labels are as wrong as those of training) and at the last
-one, mean and deviation over seeds; OUT gets the table and a picture of the learned labels, K x K.
+one, mean and deviation over seeds; OUT gets the table and a picture of the learned labels, K x K. The settings were
+chosen on validation images of other seeds.
 """
 
 import argparse
@@ -23,10 +24,11 @@ from functools import partial
 from pathlib import Path
 
 import lightning as L
-import matplotlib as mpl
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from dataparams import LabelSmoothing, LearnableSoftLabels
@@ -39,9 +41,8 @@ parser.add_argument("--train-size", type=int, default=600, help="training images
 parser.add_argument("--noise-rate", type=float, default=0.0, help="share of labels made wrong (default: %(default)s)")
 parser.add_argument("--meta-fraction", type=float, default=0.1, help="checked share of them (default: %(default)s)")
 parser.add_argument("--smoothing", type=float, default=0.1, help="of smoothed labels (default: %(default)s)")
-parser.add_argument("--class-lr", type=float, default=0.2, help="rate of the labels of classes (default: %(default)s)")
-parser.add_argument("--image-lr", type=float, default=1.0, help="rate of the labels of images (default: %(default)s)")
-parser.add_argument("--epochs", type=int, default=25)
+parser.add_argument("--image-lr", type=float, default=0.2, help="rate of the labels of images (default: %(default)s)")
+parser.add_argument("--epochs", type=int, default=20)
 parser.add_argument("--seeds", type=int, default=5, help="number of runs, with seeds 0, 1, ... (default: %(default)s)")
 parser.add_argument("--out", default="outputs/distillation", help="folder of the table and the picture")
 
@@ -111,7 +112,7 @@ def run(seed: int, args: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, pd
         model.load_state_dict(scores.weights)
         return predictions(model, given)
 
-    of_classes = LearnableSoftLabels(classes, level="class", lr=args.class_lr, meta=data.meta_dataloader())
+    of_classes = LearnableSoftLabels(classes, level="class", meta=data.meta_dataloader())
     of_images = LearnableSoftLabels(classes, lr=args.image_lr, meta=data.meta_dataloader())
     predicted = score("teacher", "given", given, TEACHER_WIDTH)
     predicted_smooth = score("teacher", "smoothed", given, TEACHER_WIDTH, LabelSmoothing(args.smoothing))
@@ -134,41 +135,35 @@ def run(seed: int, args: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, pd
     return pd.DataFrame(rows), {"of classes": of_classes.label_matrix(), "of images": of_images.label_matrix()}
 
 
-def picture(matrices: dict[str, pd.DataFrame], file: Path) -> None:
-    """Mean learned label by given class. Small probabilities are what matters, hence colours up to 0.1 and numbers."""
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(matrices), figsize=(11, 5.5), layout="constrained")
+def picture(matrices: dict[str, np.ndarray], file: Path) -> None:
+    """Mean learned label by given class. Small probabilities are what matters, so colours end at 0.1."""
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    panels = figure.subplots(1, len(matrices))
     for axes, (name, matrix) in zip(panels, matrices.items(), strict=True):
         axes.imshow(matrix, cmap="Blues", vmin=0, vmax=0.1)
-        for given, row in enumerate(matrix.to_numpy()):
+        for given, row in enumerate(matrix):
             for learned, share in enumerate(row):
                 if share >= 0.005:
-                    colour = "white" if share > 0.06 else "black"
-                    axes.text(learned, given, f"{share:.2f}"[share < 1 :], ha="center", va="center", color=colour, size=8)
+                    style = {"color": "white" if share > 0.06 else "black", "ha": "center", "va": "center", "size": 8}
+                    axes.text(learned, given, f"{share:.2f}".lstrip("0"), **style)
         axes.set(title=f"labels {name}", xlabel="learned label", ylabel="given label")
         axes.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=120, bbox_inches="tight")  # titles stand outside of square panels
 
 
 def main(args: argparse.Namespace) -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    runs = []
-    for seed in range(args.seeds):
-        rows, matrices = run(seed, args)
-        runs.append(rows)
-        if seed == 0:
-            picture(matrices, out / "labels.png")
-    scores = pd.concat(runs).groupby(["network", "labels"], sort=False)[["best", "last"]]
-    table = scores.mean().map("{:.1f}".format) + scores.std(ddof=0).map(" ± {:.1f}".format)
+    runs = [run(seed, args) for seed in range(args.seeds)]
+    networks = pd.concat([rows for rows, _ in runs]).groupby(["network", "labels"], sort=False)
+    table = networks[["best", "last"]].agg(lambda scores: f"{scores.mean():.1f} ± {scores.std():.1f}")
     print(table.to_string())
     table.to_csv(out / "table.csv")
+    picture({name: np.mean([labels[name] for _, labels in runs], axis=0) for name in runs[0][1]}, out / "labels.png")
     print(f"table and picture: {out}")
 
 
 if __name__ == "__main__":
-    mpl.use("Agg")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*(does not have many workers|no `val_dataloader`|isinstance.treespec).*")
     main(parser.parse_args())

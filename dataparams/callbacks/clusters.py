@@ -56,6 +56,7 @@ class Clusters:
         self.index: ClusterIndex | None = None
         self.given: Tensor | None = None  # features by position
         self.trunk: str | None = None
+        self.named = embedding if isinstance(embedding, str) else None
         self.network: nn.Module | None = None
         self.magnet: MagnetTraining | None = None
         self._components: Any = None
@@ -85,6 +86,8 @@ class Clusters:
         Raises:
             ValueError: no such submodule.
         """
+        if self.named is not None and self.kind == "features" and _has(module, self.named):
+            self.network, self.trunk = None, self.named  # the user's own comes before torchvision's of that name
         if self.trunk is not None:
             try:
                 module.get_submodule(self.trunk)
@@ -196,13 +199,21 @@ class Clusters:
         wanted = {"magnet"} if self.magnet is not None else set() if self.network is None else {"network"}
         if set(state) != wanted:
             raise ValueError(
-                f"the checkpoint's selection has an embedding of {sorted(state) or 'no kind'}, this one of "
-                f"{sorted(wanted) or 'no kind'}: make it with the arguments that it was trained with"
+                f"the checkpoint's clusters have {sorted(state) or 'no network'}, this selection's "
+                f"{sorted(wanted) or 'no network'}: make it with the arguments that it was trained with"
             )
         if self.magnet is not None:
             self.magnet.load_state_dict(state["magnet"])
         elif self.network is not None:
             self.network.load_state_dict(state["network"])
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    try:
+        module.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def nearest_of_class(values: Tensor, labels: Tensor, index: ClusterIndex) -> Tensor:

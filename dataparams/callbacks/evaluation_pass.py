@@ -126,8 +126,8 @@ class EvaluationPass:
     def _losses(self, criterion: Criterion, output: Tensor, target: Tensor) -> list[Tensor]:
         if not isinstance(output, Tensor):
             raise ValueError(
-                f"forward(x) returns a {type(output).__name__}, not logits; say how to get to them: logits='submodule', "
-                "or logits=lambda module, x: ..."
+                f"forward(x) returns a {type(output).__name__}, not logits; say how to get to them: "
+                "logits='submodule', or logits=lambda module, x: ..."
             )
         valid = torch.ones(len(output), dtype=torch.bool, device=output.device)
         seen = LossCall(criterion, output, target, torch.arange(len(output)), valid).observe()

@@ -118,6 +118,10 @@ class SelfPacedSelection(MethodCallback):
             raise ValueError(f"epoch must be 'keep' or 'shrink', got {epoch!r}")
         if isinstance(eval_dataset, IterableDataset):
             raise ValueError("eval_dataset must be map-style: its samples are found by position")
+        if clusters == "magnet" and mode != "frozen" and refresh_every == 0:
+            raise ValueError(
+                "refresh_every=0 would never look at the embedding that clusters='magnet' trains; set it to 1"
+            )
         self.pace = Pace(rule, start_fraction, growth, max_fraction, class_floor, diversity, seed)
         self.clusterer = Clusters(clusters, embedding, mode, clusters_per_class, seed)
         self.refresh_every = refresh_every
@@ -205,8 +209,8 @@ class SelfPacedSelection(MethodCallback):
             raise ValueError("SelfPacedSelection chooses from one training loader, and there are several")
         if self.epoch == "shrink" and any(config.interval == "step" for config in trainer.lr_scheduler_configs):
             raise ValueError(
-                "epoch='shrink' changes the number of steps, and a learning-rate scheduler with interval='step' counts on it; "
-                "step it once an epoch, or keep the epoch's length (epoch='keep')"
+                "epoch='shrink' changes the number of steps, and a learning-rate scheduler with interval='step' counts "
+                "on it; step it once an epoch, or keep the epoch's length (epoch='keep')"
             )
         self._global_step = trainer.global_step
         self._network = Network(pl_module, self.logits, trainer.strategy.root_device)
@@ -317,9 +321,9 @@ class SelfPacedSelection(MethodCallback):
     # -- what the user gets ----------------------------------------------------------------------------------------
 
     def columns(self, frame: pd.DataFrame) -> dict[str, Any]:
-        """``first_round``: epoch (from 0) at whose start the sample was first selected, NaN: never; ``selected`` for the
-        coming epoch (after the last one, for the one that a longer run would go on with); ``selection_loss`` and
-        ``cluster`` of the last look."""
+        """``first_round``: epoch (from 0) at whose start the sample was first selected, NaN: never; ``selected``
+        for the coming epoch (after the last one, that of a longer run); ``selection_loss`` and ``cluster`` of the last
+        look."""
         count = len(frame)
 
         def padded(values: Tensor, missing: float) -> np.ndarray:

@@ -65,8 +65,8 @@ def trained_positions(loader: DataLoader, unwrap: Callable[[Any], Any] = lambda 
     known = isinstance(sampler, SequentialSampler | RandomSampler | DistributedSampler | _Mapped)
     if not known and hasattr(sampler, "__len__") and len(sampler) != count:
         raise ValueError(
-            f"which samples a {type(sampler).__name__} of {len(sampler)} leaves out of {count} cannot be told; train on a "
-            "Subset of the data set, or use torch's SubsetRandomSampler"
+            f"which samples a {type(sampler).__name__} of {len(sampler)} leaves out of {count} cannot be told; train "
+            "on a Subset of the data set, or use torch's SubsetRandomSampler"
         )
     return torch.arange(count)
 

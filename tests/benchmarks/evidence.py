@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import platform
 import subprocess
-import time
 from datetime import datetime
 from functools import lru_cache
 from importlib.metadata import version
@@ -72,8 +71,8 @@ def run_job(arguments: tuple[Job, Path, str, bool]) -> str | None:
     return None
 
 
-def write_results(path: Path, root: Path, missing: list[str], minutes: float, device: str) -> None:
-    """RESULTS.md: every table whose runs are complete, with seeds, versions and time."""
+def write_results(path: Path, root: Path, missing: list[str], device: str) -> None:
+    """RESULTS.md: every table whose runs are complete, with seeds and versions."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", "scikit-learn"))
     sections = [
         meta_section(root, name) if name in META_ARMS else reference_section(root, name)
@@ -88,7 +87,7 @@ def write_results(path: Path, root: Path, missing: list[str], minutes: float, de
         "nothing else is said, computed against the data module's own record. *Averaged weights*: an exponential "
         "moving average (0.995, ramped) kept in the same run.\n\n"
         f"{platform.machine()} ({os.cpu_count()} cores), {device}, Python {platform.python_version()}, {packages}. "
-        f"The last call took {minutes:.0f} minutes; dates and commits stand at each table.",
+        "Dates and commits stand at each table, *by date* where a run did not note its commit.",
         *sections,
         *([harmless] if harmless else []),
     ]
@@ -119,7 +118,6 @@ def main() -> None:
     data = Path(os.environ.get("DATAPARAMS_DATA", "."))
     experiments = [name for name in options.only if DATA[name] is None or (data / str(DATA[name])).is_dir()]
     root = options.out.resolve()
-    start = time.time()
     jobs = jobs_of(experiments, options.device != "cpu" and "cifar10" in experiments, options.seeds)
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         tasks = [(job, root, options.device, options.jobs > 1) for job in jobs]
@@ -129,7 +127,7 @@ def main() -> None:
             "\n".join([f"{len(failures)} of {len(jobs)} runs failed; call again to retry them:", *failures])
         )
     missing = [name for name in options.only if name not in experiments]
-    write_results(options.results, root, missing, (time.time() - start) / 60, options.device)
+    write_results(options.results, root, missing, options.device)
     print(options.results)
 
 

@@ -69,7 +69,8 @@ def permuted(monkeypatch) -> list[str]:
 
     def shifted(loader, serial=0):
         clone = make(loader, serial)
-        collate, rows = clone.collate_fn, _permutation(len(loader.dataset))
+        collate: Any = clone.collate_fn
+        rows = _permutation(len(loader.dataset))
 
         def permute(fetched):
             batch = collate(fetched)
