@@ -186,7 +186,7 @@ def test_what_is_not_the_given_label_is_not_overwritten(target_key: int | None):
     """(x, weight, y), where the callback was not told; or another data set of the same length."""
     data = Shaped(lambda x, y: (x, 5, y))
     corrected = CorrectedDataset(data, LABELS, target_key=target_key, given=torch.tensor(GIVEN))
-    with pytest.raises(ValueError, match="sample 0 has 5 at target_key=1.*learned from class 0"):
+    with pytest.raises(ValueError, match=r"sample 0 has 5 at target_key=1.*learned from class 0"):
         corrected[0]
     right = CorrectedDataset(data, LABELS, target_key=2, given=torch.tensor(GIVEN))
     assert [right[i][1:] for i in range(4)] == [(5, 2), (5, 1), (5, 0), (5, 1)]

@@ -172,7 +172,7 @@ def test_a_score_without_a_value_is_no_score_and_one_kind_of_sample_has_no_auroc
     model = StepModel(lambda own, batch: own.criterion(line(batch[0]), batch[1]), criterion=nn.MSELoss(), line=line)
     fit(callback, DataLoader(data, batch_size=4), model=model, max_epochs=1)
     assert callback.scores(callback.to_frame()).keys() == {"mean_loss"}  # a regression has no margin
-    with pytest.raises(ValueError, match="margin.*not a score"):
+    with pytest.raises(ValueError, match=r"margin.*not a score"):
         callback.suspects(by="margin")
     assert np.isnan(callback.auroc(np.zeros(12))["mean_loss"])
     assert np.isnan(callback.auroc(np.ones(12))["mean_loss"])
