@@ -155,12 +155,14 @@ def main(args: argparse.Namespace) -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     runs = [run(seed, args) for seed in range(args.seeds)]
-    networks = pd.concat([rows for rows, _ in runs]).groupby(["network", "labels"], sort=False)
-    table = networks[["best", "last"]].agg(lambda scores: f"{scores.mean():.1f} ± {scores.std():.1f}")
+    scores = pd.concat([rows for rows, _ in runs])
+    by_labels = scores.groupby(["network", "labels"], sort=False)[["best", "last"]]
+    table = by_labels.agg(lambda column: f"{column.mean():.1f} ± {column.std():.1f}")
     print(table.to_string())
+    scores.to_csv(out / "scores.csv", index=False)
     table.to_csv(out / "table.csv")
     picture({name: np.mean([labels[name] for _, labels in runs], axis=0) for name in runs[0][1]}, out / "labels.png")
-    print(f"table and picture: {out}")
+    print(f"table, scores and picture: {out}")
 
 
 if __name__ == "__main__":

@@ -43,14 +43,24 @@ def distillation() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def curves(personalization):
-    """Three epochs of plain training, with one of fine-tuning after them."""
-    args = personalization.parser.parse_args(["--epochs", "3", "--tune-epochs", "1"])
+    """Two epochs of training, and one of fine-tuning after them."""
+    args = personalization.parser.parse_args(["--epochs", "2", "--tune-epochs", "1"])
     return personalization.run(1, args).set_index(["method", "epoch"])
+
+
+@pytest.fixture(scope="module")
+def data() -> DigitsData:
+    data = DigitsData(seed=0, train_size=200, noise="symmetric", noise_rate=0.4, meta_fraction=0.1, meta_clean=True)
+    data.setup()
+    return data
 
 
 @pytest.mark.parametrize(
     ("name", "files"),
-    [("personalization", {"accuracy.png", "curves.csv", "table.csv"}), ("distillation", {"labels.png", "table.csv"})],
+    [
+        ("personalization", {"accuracy.png", "curves.csv", "table.csv"}),
+        ("distillation", {"labels.png", "scores.csv", "table.csv"}),
+    ],
 )
 def test_the_script_ends_without_a_warning_and_writes_to_out_only(name, files, tmp_path):
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--seeds", "1", "--epochs", "1", "--out", "here"]
@@ -74,9 +84,9 @@ class TestPersonalization:
         assert tuned["test slice"].iloc[-1] != tuned["test slice"].iloc[-2]
 
     def test_methods_differ_and_the_same_seed_says_the_same(self, personalization, curves):
-        at_end = curves.xs(3, level="epoch")[["validation overall", "test slice", "test overall"]].drop("fine-tuning")
+        at_end = curves.xs(2, level="epoch")[["validation overall", "test slice", "test overall"]].drop("fine-tuning")
         assert not at_end.duplicated().any()
-        args = personalization.parser.parse_args(["--epochs", "3", "--tune-epochs", "1"])
+        args = personalization.parser.parse_args(["--epochs", "2", "--tune-epochs", "1"])
         pd.testing.assert_frame_equal(personalization.run(1, args).set_index(["method", "epoch"]), curves)
 
     def test_scores_are_those_of_the_slice_and_of_all(self, personalization):
@@ -133,12 +143,6 @@ class TestPersonalization:
 
 
 class TestDistillation:
-    @pytest.fixture(scope="class")
-    def data(self):
-        data = DigitsData(seed=0, train_size=200, noise="symmetric", noise_rate=0.4, meta_fraction=0.1, meta_clean=True)
-        data.setup()
-        return data
-
     def test_students_differ_in_their_labels_and_in_nothing_else(self, distillation, data):
         given = data.train_set
         images, one_hot = given.normalise(given.images), F.one_hot(given.labels, 10).float()
