@@ -315,9 +315,10 @@ class LookAhead:
         """Once: a meta batch that the network cannot take should not wait for the first step to say so."""
         session = self._session()
         assert session is not None
+        host = next(batches.sample(64))
         try:
             with self._silent(), self.network.untouched(), torch.no_grad():
-                batch = session.tracker.to_device(self.trainer, next(batches.sample(64)))
+                batch = session.tracker.to_device(self.trainer, host)
                 self._sum_of_losses(self.network.at({}, (self.read_input(batch),), {}), self.read_target(batch))
         except (KeyError, RuntimeError, TypeError, ValueError, IndexError) as error:
             raise ValueError(

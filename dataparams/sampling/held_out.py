@@ -63,7 +63,7 @@ def trained_positions(loader: DataLoader, unwrap: Callable[[Any], Any] = lambda 
         return torch.as_tensor(sampler.weights).nonzero().flatten()
     count = len(loader.dataset)  # type: ignore[arg-type]
     known = isinstance(sampler, SequentialSampler | RandomSampler | DistributedSampler | _Mapped)
-    if not known and hasattr(sampler, "__len__") and len(sampler) != count:
+    if not known and hasattr(sampler, "__len__") and len(sampler) < count:
         raise ValueError(
             f"which samples a {type(sampler).__name__} of {len(sampler)} leaves out of {count} cannot be told; train "
             "on a Subset of the data set, or use torch's SubsetRandomSampler"
