@@ -341,19 +341,22 @@ class SelfPacedSelection(MethodCallback):
         }
 
     def summary(self, rows: pd.DataFrame) -> dict[str, float]:
-        """``selected_fraction_last``; where the truth is known ``selection_purity_first`` and ``_last``: the share of
-        right labels among those first, and last, selected."""
+        """``selected_fraction_last``; ``selected_class_share_first`` and ``_last``: of the class of which the smallest
+        share was selected first, and last; where the truth is known ``selection_purity_first`` and ``_last``: the share
+        of right labels among those first, and last, selected."""
         if "first_round_last" not in rows or not rows["first_round_last"].notna().any():
             return {}
         known = rows[rows["selection_loss_last"].notna()]
         results = {"selected_fraction_last": float(known["selected_last"].mean())}
-        if "is_corrupt" in rows:
-            clean = ~np.asarray(known["is_corrupt"], dtype=bool)
-            entered = np.asarray(known["first_round_last"], dtype=np.float64)
-            first = entered == np.nanmin(entered)
-            for name, part in (("first", first), ("last", np.asarray(known["selected_last"], dtype=bool))):
-                if part.any():
-                    results[f"selection_purity_{name}"] = float(clean[part].mean())
+        entered = np.asarray(known["first_round_last"], dtype=np.float64)
+        parts = {"first": entered == np.nanmin(entered), "last": np.asarray(known["selected_last"], dtype=bool)}
+        for name, part in parts.items():
+            shares = pd.Series(part).groupby(np.asarray(known["given_label"])).mean()
+            results[f"selected_class_share_{name}"] = float(shares.min())
+            if "is_corrupt" in rows and part.any():
+                results[f"selection_purity_{name}"] = float(
+                    1 - np.asarray(known["is_corrupt"], dtype=bool)[part].mean()
+                )
         return results
 
     # -- state -----------------------------------------------------------------------------------------------------

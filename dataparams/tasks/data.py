@@ -21,12 +21,14 @@ from dataparams.tasks.loading import (
     META,
     META_ORDER,
     SPLIT,
+    TAIL,
     TRAIN_NOISE,
     VAL_NOISE,
     EpochSampler,
     ImageDataset,
 )
 from dataparams.tasks.noise import KINDS, corrupt_labels, read_labels
+from dataparams.tasks.splits import long_tail, stratified_split
 
 # Evaluation keeps no activations, so its batches need not be as small as the training's.
 EVAL_BATCH_SIZE = 500
@@ -97,6 +99,9 @@ class NoisyDataModule(L.LightningDataModule):
         meta_fraction: share of the training samples in the meta set, in [0, 1); stratified by the
             meta set's own labels. 0: no meta set.
         meta_clean: the meta set has the right labels, as if someone had checked them.
+        imbalance: at least 1: training keeps a long tail, so many times more samples of the first class
+            than of the last, geometrically fewer from class to class (see `long_tail`). Validation and
+            test keep their shares. 1: all samples.
         meta_use: "hold_out" trains on the other samples and hands the meta set out as
             `meta_dataloader`. The other two are baselines that know as much and have no such
             loader: "add" leaves the meta set, with its labels, among the training samples, "only"
@@ -138,6 +143,7 @@ class NoisyDataModule(L.LightningDataModule):
         meta_fraction: float = 0.0,
         meta_clean: bool = False,
         meta_use: str = "hold_out",
+        imbalance: float = 1.0,
     ) -> None:
         super().__init__()
         if noise not in KINDS:
@@ -152,8 +158,8 @@ class NoisyDataModule(L.LightningDataModule):
             raise ValueError(f"unknown meta_use {meta_use!r}: choose one of {', '.join(META_USES)}")
         if meta_use != "hold_out" and meta_fraction == 0.0:
             raise ValueError(f"meta_use={meta_use!r} without a meta set: give meta_fraction, a share in (0, 1)")
-        for name, value, least in [("batch_size", batch_size, 1), ("seed", seed, 0)]:
-            if value < least:
+        for name, value, least in [("batch_size", batch_size, 1), ("seed", seed, 0), ("imbalance", imbalance, 1)]:
+            if not value >= least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
         self.data_dir = data_dir
         self.batch_size = batch_size
@@ -169,6 +175,7 @@ class NoisyDataModule(L.LightningDataModule):
         self.meta_fraction = meta_fraction
         self.meta_clean = meta_clean
         self.meta_use = meta_use
+        self.imbalance = imbalance
         self._is_set_up = False
 
     def load(self) -> tuple[ImagePool, ImagePool]:
@@ -191,6 +198,7 @@ class NoisyDataModule(L.LightningDataModule):
             return
         pool, test = self.load()
         train, val = (pool.take(positions) for positions in self._divide(pool))
+        train = train.take(long_tail(train.labels, self.imbalance, [self.seed, TAIL]))
         given = self._given(train, pool, TRAIN_NOISE)
         self.meta_set = None
         if self.meta_fraction > 0.0:
@@ -222,6 +230,7 @@ class NoisyDataModule(L.LightningDataModule):
             "noise_rate": self.noise_rate,
             "wrong_labels": float("nan") if self.is_corrupt is None else float(self.is_corrupt.mean()),
             "val_wrong_labels": self._val_wrong,
+            "imbalance": float(self.imbalance),
             **meta,
         }
 
@@ -343,31 +352,3 @@ class NoisyDataModule(L.LightningDataModule):
 
     def _dataset(self, part: ImagePool, labels: np.ndarray) -> ImageDataset:
         return ImageDataset(part.images, torch.from_numpy(labels), self.mean, self.std)
-
-
-def stratified_split(
-    labels: np.ndarray, first: int, second: int, seed: int | Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Two disjoint sets of positions with the class shares of all labels.
-
-    The sizes are met exactly, and every class is within two samples of its proportional share.
-    Positions are in ascending order.
-
-    Args:
-        labels: class numbers, shape (N,).
-        first: size of the first set.
-        second: size of the second set; first + second is at most N.
-        seed: seed of the draw.
-    """
-    order = np.random.default_rng(seed).permutation(len(labels))
-    # Sorted by class, every k-th place of the line is one class's fair share; the second set takes
-    # evenly spaced places.
-    line = order[np.argsort(labels[order], kind="stable")]
-    used = line[_evenly_spaced(len(line), first + second)]
-    in_second = np.zeros(len(used), dtype=bool)
-    in_second[_evenly_spaced(len(used), second)] = True
-    return np.sort(used[~in_second]), np.sort(used[in_second])
-
-
-def _evenly_spaced(length: int, count: int) -> np.ndarray:
-    return (2 * np.arange(count) + 1) * length // (2 * count)

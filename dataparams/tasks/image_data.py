@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torchvision.datasets import MNIST, FashionMNIST
 
-from dataparams.tasks.data import ImagePool, NoisyDataModule, stratified_split
+from dataparams.tasks.data import ImagePool, NoisyDataModule
 from dataparams.tasks.loading import TEST_SPLIT
+from dataparams.tasks.splits import stratified_split
 
 
 class DigitsData(NoisyDataModule):

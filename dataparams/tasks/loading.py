@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Sampler
 # The uses of one seed. Each seeds numpy with (seed, use, ...), so that they share nothing: with the
 # bare (seed, epoch) for the order, epoch 1 would be shuffled by the very draws that chose which
 # labels are wrong.
-TEST_SPLIT, SPLIT, TRAIN_NOISE, VAL_NOISE, AUGMENTATION, ORDER, META, META_ORDER = range(8)
+TEST_SPLIT, SPLIT, TRAIN_NOISE, VAL_NOISE, AUGMENTATION, ORDER, META, META_ORDER, TAIL = range(9)
 
 
 class ImageDataset(Dataset):

@@ -105,6 +105,35 @@ def digits_meta_labels(plain: Sequence[Results], method: Sequence[Results]) -> l
     return [Check(name, _mean([m[key] for m in method]), least) for key, (name, least) in asked.items()]
 
 
+def self_paced(plain: Sequence[Results], method: Sequence[Results], purity: float = 0.90) -> list[Check]:
+    """Fashion-MNIST, first 7,000, 40% symmetric: a capped selection against uniform training, paired by seed."""
+    gains = [100 * (m["test_accuracy_last"] - p["test_accuracy_last"]) for p, m in zip(plain, method, strict=True)]
+    return [
+        Check("purity of the first selection, mean", _mean([m["selection_purity_first"] for m in method]), purity),
+        Check("gain over uniform at the last epoch, points, mean", _mean(gains), 15),
+    ]
+
+
+def self_paced_harmless(plain: Sequence[Results], method: Sequence[Results], points: float) -> list[Check]:
+    """The same data without noise, or with a long tail: the default rule against uniform training, paired by seed."""
+    gains = [100 * (m["test_accuracy_last"] - p["test_accuracy_last"]) for p, m in zip(plain, method, strict=True)]
+    shares = [m[f"selected_class_share_{when}"] for m in method for when in ("first", "last")]
+    return [
+        Check("difference to uniform at the last epoch, points, mean", _mean(gains), points),
+        Check("smallest share of a class selected in the first and the last round, worst seed", min(shares), 0.25),
+    ]
+
+
+def magnet(softmax: Sequence[Results], method: Sequence[Results]) -> list[Check]:
+    """An embedding by the Magnet loss against a softmax network, paired by seed. The second bound is tighter than the 2
+    points asked for, which random impostors miss by little."""
+    gains = [100 * (m["test_accuracy"] - p["test_accuracy"]) for p, m in zip(softmax, method, strict=True)]
+    return [
+        Check("kNC, mean", _mean([m["test_accuracy"] for m in method]), 0.825),
+        Check("difference to softmax, points, mean", _mean(gains), -1),
+    ]
+
+
 CHECKS: dict[str, Callable[[Sequence[Results], Sequence[Results]], list[Check]]] = {
     "digits_noise": digits_noise,
     "fashion_noise": fashion_noise,

@@ -19,8 +19,8 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-from experiments import DATA, LARGE, META_ARMS, SEEDS, Job, jobs_of
-from result_tables import complete, harmless_section, meta_section, reference_section
+from experiments import ARMS, DATA, LARGE, SEEDS, Job, jobs_of
+from result_tables import arms_section, complete, harmless_section, magnet_section, reference_section
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -46,23 +46,11 @@ def run_job(arguments: tuple[Job, Path, str, bool]) -> str | None:
         return None
     code = commit()
     import torch  # in the worker: the parent stays light, and every worker keeps to one core
-    from hydra import compose, initialize_config_module
-
-    from dataparams.train import run
 
     if pin:
         torch.set_num_threads(1)
-    options = [
-        "plots=false",
-        "progress_bar=false",
-        f"run_dir={folder}",
-        f"trainer.accelerator={device}",
-        "resume=true",
-    ]
     try:
-        with initialize_config_module("dataparams.conf", version_base="1.3"):
-            cfg = compose("config", overrides=[*job.overrides, *options])
-        run(cfg)
+        _train_magnet(job, folder) if job.magnet else _train(job, folder, device)
     except Exception as error:
         return f"{job.folder}: {type(error).__name__}: {error}"
     now = datetime.now()
@@ -71,11 +59,41 @@ def run_job(arguments: tuple[Job, Path, str, bool]) -> str | None:
     return None
 
 
+def _train_magnet(job: Job, folder: Path) -> None:
+    from magnet_embedding import measure
+
+    assert job.magnet is not None
+    results = measure(*job.magnet)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results) + "\n")
+
+
+def _train(job: Job, folder: Path, device: str) -> None:
+    from hydra import compose, initialize_config_module
+
+    from dataparams.train import run
+
+    options = [
+        "plots=false",
+        "progress_bar=false",
+        f"run_dir={folder}",
+        f"trainer.accelerator={device}",
+        "resume=true",
+    ]
+    with initialize_config_module("dataparams.conf", version_base="1.3"):
+        cfg = compose("config", overrides=[*job.overrides, *options])
+    run(cfg)
+
+
 def write_results(path: Path, root: Path, missing: list[str], device: str) -> None:
     """RESULTS.md: every table whose runs are complete, with seeds and versions."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", "scikit-learn"))
     sections = [
-        meta_section(root, name) if name in META_ARMS else reference_section(root, name)
+        arms_section(root, name)
+        if name in ARMS
+        else magnet_section(root)
+        if name == "magnet"
+        else reference_section(root, name)
         for name in [*DATA, LARGE]
         if complete(root, name)
     ]

@@ -13,6 +13,10 @@ DATA = {
     "digits_meta_few": None,
     "fashion_noise": "FashionMNIST",
     "fashion_meta": "FashionMNIST",
+    "self_paced": "FashionMNIST",
+    "self_paced_clean": "FashionMNIST",
+    "self_paced_tail": "FashionMNIST",
+    "magnet": "FashionMNIST",
     "cifar10": "cifar10",
 }
 TITLES = {
@@ -24,6 +28,17 @@ TITLES = {
     "digits_meta_few": "The same with 2% clean data",
     "fashion_meta": "Fashion-MNIST, first 4,000, 40% symmetric noise, 10% clean meta set, 24 epochs, batch 64, model "
     "rate 0.03",
+    "self_paced": "Selection: Fashion-MNIST, first 7,000, 40% symmetric noise, 20 epochs of 110 updates, batch 64, "
+    "model rate 0.03",
+    "self_paced_clean": "The same without noise",
+    "self_paced_tail": "The same without noise, with a long tail of 50:1 (1,832 samples, 20 epochs of 29 updates)",
+    "magnet": "An embedding: Fashion-MNIST, first 7,000, 660 updates with Adam at 0.001, batch 64, 16 dimensions",
+}
+MAGNET = {
+    "softmax": "softmax network",
+    "magnet": "Magnet, nearest clusters (kNC)",
+    "random_impostors": "the same with impostors by lot (broken on purpose)",
+    "sigma_4": "the same with sigma^4 in the exponent (broken on purpose)",
 }
 # With --device gpu: all 50,000 images, the paper's length
 LARGE, LARGE_METHODS = "cifar10_large", ("none", "data_parameters", "elr", "gce")
@@ -46,10 +61,11 @@ HARMLESS_EXTRA = {
 
 @dataclass(frozen=True)
 class Job:
-    """One training run: where it goes and what it overrides."""
+    """One training run: where it goes and what it overrides, or the variant and seed of a Magnet embedding."""
 
     folder: str
     overrides: tuple[str, ...]
+    magnet: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +97,17 @@ FINETUNE = Arm("finetune_meta", "plain, then fine-tuned on the meta set", "finet
 RATES = Arm("instance_lr", "`instance_lr`", "instance_lr")
 LABELS = Arm("soft_labels", "`soft_labels`", "soft_labels")
 NOISY = "data.meta_clean=false"
-META_ARMS = {
+CAPPED = ("callbacks.selection.max_fraction=0.6",)
+SELECTIONS = (
+    PLAIN,
+    Arm("random_subset", "`random_subset` (ignores the loss)", "random_subset"),
+    Arm("self_paced", "`self_paced` (default: the same share of every class)", "self_paced"),
+    Arm("spl", "`spl` (threshold)", "spl"),
+    Arm("spld", "`spld` (threshold, clusters of principal components)", "spld"),
+    Arm("magnet", "`self_paced_magnet` (threshold, SPL-ADVisE)", "self_paced_magnet"),
+)
+CLEAN = ("experiment=self_paced", "data.noise=none", "data.noise_rate=0")
+ARMS = {
     "digits_meta": (
         PLAIN,
         Arm("meta_added", "plain, the meta set added to training", "none", ("data.meta_use=add",)),
@@ -108,20 +134,44 @@ META_ARMS = {
     ),
     "digits_meta_few": (PLAIN, FINETUNE, RATES, LABELS),
     "fashion_meta": (PLAIN, FINETUNE, RATES, LABELS),
+    "self_paced": (
+        PLAIN,
+        Arm("random_subset", "`random_subset`, `max_fraction=0.6` (ignores the loss)", "random_subset", CAPPED),
+        Arm("spl_free", "`spl`, grown to all data", "spl"),
+        Arm("spl", "`spl`, `max_fraction=0.6`", "spl", CAPPED),
+        Arm("spld", "`spld`, `max_fraction=0.6`", "spld", CAPPED),
+        Arm("magnet", "`self_paced_magnet`, `max_fraction=0.6`", "self_paced_magnet", CAPPED),
+        Arm("self_paced", "`self_paced`, `max_fraction=0.6`", "self_paced", CAPPED),
+        Arm("self_paced_auto", "`self_paced`, `max_fraction=auto`", "self_paced",
+            ("callbacks.selection.max_fraction=auto",)),
+        Arm("data_parameters", "`data_parameters`", "data_parameters"),
+        Arm("both", "`self_paced`, `max_fraction=0.6` + `data_parameters`", "self_paced", CAPPED,
+            ("data_parameters", "dataparams.DataParameters")),
+    ),
+    "self_paced_clean": (
+        *SELECTIONS,
+        Arm("self_paced_auto", "`self_paced`, `max_fraction=auto`", "self_paced",
+            ("callbacks.selection.max_fraction=auto",)),
+    ),
+    "self_paced_tail": SELECTIONS,
 }  # fmt: skip
-META_BASE = {
+BASE = {
     "digits_meta": ("experiment=digits_meta",),
     "digits_meta_few": ("experiment=digits_meta", "data.meta_fraction=0.02"),
     "fashion_meta": ("experiment=fashion_noise", "data.meta_fraction=0.1", "data.meta_clean=true"),
+    "self_paced": ("experiment=self_paced",),
+    "self_paced_clean": CLEAN,
+    "self_paced_tail": (*CLEAN, "data.imbalance=50"),
 }
 
 
 def jobs_of(experiments: Sequence[str], large: bool, seeds: Sequence[int] = SEEDS) -> list[Job]:
     """Every run of these experiments; ``large`` adds the one that wants a GPU."""
-    reference = [name for name in experiments if name not in META_ARMS]
+    reference = [name for name in experiments if name not in ARMS and name != "magnet"]
     return [
         *reference_jobs([*reference, *([LARGE] if large else [])], seeds),
-        *meta_jobs([name for name in experiments if name in META_ARMS], seeds),
+        *arm_jobs([name for name in experiments if name in ARMS], seeds),
+        *(magnet_jobs(seeds) if "magnet" in experiments else []),
         *harmless_jobs(reference, seeds),
     ]
 
@@ -138,13 +188,18 @@ def reference_jobs(experiments: Sequence[str], seeds: Sequence[int]) -> list[Job
     return jobs
 
 
-def meta_jobs(experiments: Sequence[str], seeds: Sequence[int]) -> list[Job]:
-    """Every arm and seed of the experiments with a meta set."""
+def magnet_jobs(seeds: Sequence[int]) -> list[Job]:
+    """The embedding, its broken variants and a softmax network."""
+    return [Job(f"magnet/{name}/seed{seed}", (), (name, seed)) for seed in seeds for name in MAGNET]
+
+
+def arm_jobs(experiments: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Every arm and seed of the experiments with arms of their own."""
     return [
-        Job(f"{experiment}/{arm.name}/seed{seed}", (*META_BASE[experiment], *arm.config(seed)))
+        Job(f"{experiment}/{arm.name}/seed{seed}", (*BASE[experiment], *arm.config(seed)))
         for experiment in experiments
         for seed in seeds
-        for arm in META_ARMS[experiment]
+        for arm in ARMS[experiment]
     ]
 
 

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import checks
 import pandas as pd
-from checks import CHECKS, Check, digits_meta_labels, digits_meta_rates
+from checks import CHECKS, Check
 from experiments import (
+    ARMS,
     BASELINES,
     HARMLESS_EXTRA,
     HARMLESS_NOISE,
     HARMLESS_RATES,
     LARGE,
     LARGE_METHODS,
-    META_ARMS,
+    MAGNET,
     SEEDS,
     TITLES,
 )
 
 TOLERANCE = -0.5
+TARGET, EPOCHS_TO_TARGET = 0.8, "epochs_to_target"
 Runs = list[dict[str, Any]]
-META_COLUMNS = {  # column: key in results.json, digits
+LABELS_NOTE = (
+    "*Labels* are the largest learned ones at the last epoch: share of right ones, of corrupt samples put right, of "
+    "clean samples left alone."
+)
+COLUMNS = {  # column: key in results.json, digits; those that no run has are left out
     "AUROC -alpha, best": ("auroc_learning_rate_factor_best", 3),
     "last": ("auroc_learning_rate_factor_last", 3),
     "AUROC label, best": ("auroc_soft_label_given_best", 3),
@@ -32,8 +40,30 @@ META_COLUMNS = {  # column: key in results.json, digits
     "recovered": ("labels_recovered_last", 3),
     "kept": ("labels_kept_last", 3),
     "AUROC mean loss, best": ("auroc_mean_loss_best", 3),
+    "purity of the first selection": ("selection_purity_first", 3),
+    "of the last": ("selection_purity_last", 3),
+    "selected at the end": ("selected_fraction_last", 3),
+    "smallest share of a class, first": ("selected_class_share_first", 3),
+    " last": ("selected_class_share_last", 3),
+    "epochs to 80% validation": (EPOCHS_TO_TARGET, 1),
 }
-META_CHECKS = {"instance_lr": digits_meta_rates, "soft_labels": digits_meta_labels}
+NOTES = {
+    "digits_meta": LABELS_NOTE, "digits_meta_few": LABELS_NOTE, "fashion_meta": LABELS_NOTE,
+    "self_paced": "*Purity* is the share of right labels.",
+}  # fmt: skip
+# experiment: arm: what is asked of its runs, given those of plain training
+ARM_CHECKS: dict[str, dict[str, Callable[[Runs, Runs], list[Check]]]] = {
+    "digits_meta": {"instance_lr": checks.digits_meta_rates, "soft_labels": checks.digits_meta_labels},
+    "self_paced": {
+        "spl": checks.self_paced,
+        "spld": partial(checks.self_paced, purity=0.88),
+        "magnet": partial(checks.self_paced, purity=0.88),
+        "self_paced": checks.self_paced,
+        "self_paced_auto": checks.self_paced,
+    },
+    "self_paced_clean": {"self_paced": partial(checks.self_paced_harmless, points=-1.0)},
+    "self_paced_tail": {"self_paced": partial(checks.self_paced_harmless, points=-2.5)},
+}
 
 
 def read(root: Path, folder: str, method: str) -> Runs:
@@ -81,8 +111,10 @@ def _checks(checks: Sequence[Check], asked_of: str) -> list[str]:
 
 def complete(root: Path, experiment: str) -> bool:
     """Whether every arm has the same seeds, at least one."""
-    if experiment in META_ARMS:
-        names: Sequence[str] = [arm.name for arm in META_ARMS[experiment]]
+    if experiment == "magnet":
+        names: Sequence[str] = list(MAGNET)
+    elif experiment in ARMS:
+        names = [arm.name for arm in ARMS[experiment]]
     else:
         names = LARGE_METHODS if experiment == LARGE else BASELINES
     counts = {len(read(root, experiment, name)) for name in names}
@@ -115,35 +147,54 @@ def reference_section(root: Path, experiment: str) -> str:
     return "\n".join(lines)
 
 
-def meta_section(root: Path, experiment: str) -> str:
-    """The table of an experiment with a meta set; on digits with its checks."""
-    arms: Mapping[str, Runs] = {arm.name: read(root, experiment, arm.name) for arm in META_ARMS[experiment]}
+def arms_section(root: Path, experiment: str) -> str:
+    """The table of an experiment with arms of its own, and its checks."""
+    arms: Mapping[str, Runs] = {arm.name: read(root, experiment, arm.name) for arm in ARMS[experiment]}
     plain = arms["none"]
-    sizes = {run["meta_size"] for run in arms["finetune_meta"]}
+    if experiment == "self_paced_clean":
+        _add_epochs_to_target(root, experiment, arms)
     shown = {
-        name: column
-        for name, column in META_COLUMNS.items()
-        if any(column[0] in run for r in arms.values() for run in r)
+        name: column for name, column in COLUMNS.items() if any(column[0] in run for r in arms.values() for run in r)
     }
+    if experiment.startswith("self_paced") and experiment != "self_paced":  # nothing is wrong there
+        shown = {name: column for name, column in shown.items() if not column[0].startswith(("selection_p", "auroc"))}
+    sizes = sorted({run["meta_size"] for runs in arms.values() for run in runs if "meta_size" in run})
+    size = f"; the meta set holds {', '.join(map(str, sizes))} samples" if sizes else ""
     lines = [
         f"## {TITLES[experiment]}",
         "",
-        f"{measured(root, experiment)} {len(plain)} seeds; the meta set holds {', '.join(map(str, sorted(sizes)))} "
-        "samples. *Labels* are the largest learned ones at the last epoch: share of right ones, of corrupt samples put "
-        "right, of clean samples left alone.",
+        f"{measured(root, experiment)} {len(plain)} seeds{size}. {NOTES.get(experiment, '')}".rstrip(),
         "",
         *_head(["", "best", "last", "last - plain", *shown]),
     ]
-    for arm in META_ARMS[experiment]:
+    for arm in ARMS[experiment]:
         runs = arms[arm.name]
         difference = _gain(runs, plain, "test_accuracy_last")
         gain = "" if arm.name == "none" else f"{difference.mean():+.1f} ± {difference.std():.1f}"
         cells = [_cell(runs, f"test_accuracy_{k}") for k in ("best", "last")] + [gain]
         lines.append(_row([arm.title, *cells, *(_cell(runs, key, 1, digits) for key, digits in shown.values())]))
-    if experiment == "digits_meta":
-        for method, checks in META_CHECKS.items():
-            lines += _checks(checks(plain, arms[method]), method)
+    for name, asked in ARM_CHECKS.get(experiment, {}).items():
+        lines += _checks(asked(plain, arms[name]), name)
     return "\n".join(lines)
+
+
+def _add_epochs_to_target(root: Path, experiment: str, arms: Mapping[str, Runs]) -> None:
+    for name, runs in arms.items():
+        for run in runs:
+            curve = pd.read_csv(root / experiment / name / f"seed{run['seed']}" / "metrics.csv")
+            reached = curve["epoch"][curve["val_accuracy"] >= TARGET]
+            run[EPOCHS_TO_TARGET] = float(reached.min() + 1) if len(reached) else float("nan")
+
+
+def magnet_section(root: Path) -> str:
+    """Accuracy of the embedding beside that of a softmax network."""
+    arms = {name: read(root, "magnet", name) for name in MAGNET}
+    lines = [f"## {TITLES['magnet']}", "", measured(root, "magnet"), "", *_head(["", "test accuracy", "- softmax"])]
+    for name, title in MAGNET.items():
+        difference = _gain(arms[name], arms["softmax"], "test_accuracy")
+        gain = "" if name == "softmax" else f"{difference.mean():+.1f} ± {difference.std():.1f}"
+        lines.append(_row([title, _cell(arms[name], "test_accuracy"), gain]))
+    return "\n".join([*lines, *_checks(checks.magnet(arms["softmax"], arms["magnet"]), "Magnet")])
 
 
 def harmless_section(root: Path) -> str | None:

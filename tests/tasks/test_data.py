@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dataparams.tasks import CIFARData, DigitsData, EpochSampler, FashionMNISTData, MNISTData
-from dataparams.tasks.data import stratified_split
+from dataparams.tasks.splits import long_tail, stratified_split
 
 
 def ready(module):
@@ -49,6 +49,40 @@ def test_digits_are_normalised():
     images = torch.stack([image for image, _ in ready(DigitsData()).train_set])
     assert abs(images.mean()) < 0.02
     assert abs(images.std() - 1) < 0.02
+
+
+def test_long_tail_falls_geometrically_from_class_to_class():
+    module, whole = (ready(DigitsData(seed=2, imbalance=imbalance)) for imbalance in (16.0, 1.0))
+    kept = np.bincount(module.true_labels)
+    assert kept.tolist() == pytest.approx([kept[0] * 16 ** (-k / 9) for k in range(10)], abs=1)
+    assert set(module.ids) < set(whole.ids)
+    assert torch.equal(module.val_set.images, whole.val_set.images)
+    assert torch.equal(module.test_set.images, whole.test_set.images)
+    assert ready(DigitsData(seed=2, imbalance=16.0)).ids == module.ids
+    assert ready(DigitsData(seed=3, imbalance=16.0)).ids != module.ids
+
+
+@pytest.mark.parametrize("counts", [(100, 100, 100), (300, 100, 50), (50, 100, 300)])
+def test_long_tail_takes_as_many_as_there_are(counts):
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], counts))
+    kept = np.bincount(labels[long_tail(labels, 25.0, seed=0)])
+    assert (kept <= counts).all()
+    assert (kept == counts).any()
+    assert kept[0] / kept[1] == pytest.approx(5, rel=0.05)
+    assert kept[0] / kept[2] == pytest.approx(25, rel=0.1)
+    assert np.array_equal(long_tail(labels, 1.0, seed=0), np.arange(len(labels)))
+
+
+def test_long_tail_has_noise_at_the_rate_asked_for():
+    module = digits(imbalance=4.0, seed=1)
+    assert module.is_corrupt.mean() == pytest.approx(0.4, abs=0.05)
+    assert module.describe()["imbalance"] == 4.0
+
+
+@pytest.mark.parametrize("imbalance", [0.5, float("nan")])
+def test_imbalance_below_one_is_refused(imbalance):
+    with pytest.raises(ValueError, match="imbalance must be at least 1"):
+        DigitsData(imbalance=imbalance)
 
 
 def test_stratified_split_of_uneven_classes():
