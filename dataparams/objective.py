@@ -7,7 +7,6 @@ initial value the result equals the user's own bit for bit, in value and gradien
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable
@@ -16,116 +15,14 @@ from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from dataparams.criterion import REGRESSION_KINDS, SOFTMAX_KINDS, Criterion
 from dataparams.functional import dynamics as observe
 from dataparams.functional.dynamics import Observation
 from dataparams.tables import ParameterTable, Visit
 
-FUNCTION_KINDS: dict[Callable[..., Tensor], str] = {
-    F.cross_entropy: "cross_entropy",
-    F.nll_loss: "nll",
-    F.binary_cross_entropy_with_logits: "bce",
-    F.mse_loss: "mse",
-    F.l1_loss: "l1",
-    F.smooth_l1_loss: "smooth_l1",
-    F.huber_loss: "huber",
-}
-MODULE_KINDS: dict[type[nn.Module], str] = {
-    nn.CrossEntropyLoss: "cross_entropy",
-    nn.NLLLoss: "nll",
-    nn.BCEWithLogitsLoss: "bce",
-    nn.MSELoss: "mse",
-    nn.L1Loss: "l1",
-    nn.SmoothL1Loss: "smooth_l1",
-    nn.HuberLoss: "huber",
-}
-SOFTMAX_KINDS = ("cross_entropy", "nll", "custom")
-REGRESSION_KINDS = ("mse", "l1", "smooth_l1", "huber")
-REDUCTIONS = ("mean", "sum", "none")
-
-
 _signature = lru_cache(inspect.signature)  # a tenth of a millisecond, every step
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """What the objective needs to know of the user's loss.
-
-    Attributes:
-        kind: one of the values of ``FUNCTION_KINDS``, or ``"custom"`` for a loss of the user's over logits.
-        name: as the user would write it, for messages.
-        elementwise: ``(input, target) -> losses`` without reduction, options (class weights, ...) as the user's.
-        reduction: ``"mean" | "sum" | "none"``.
-        ignore_index: of a softmax loss.
-        weight: class weights of a softmax loss; its mean divides by their sum.
-    """
-
-    kind: str
-    name: str
-    elementwise: Callable[[Tensor, Tensor], Tensor]
-    reduction: str = "mean"
-    ignore_index: int = -100
-    weight: Tensor | None = None
-
-    @classmethod
-    def of_module(cls, module: nn.Module, name: str) -> Criterion:
-        """Describe a loss module.
-
-        Raises:
-            ValueError: the module has no ``reduction`` of ``"mean" | "sum" | "none"``.
-        """
-        inner = getattr(module, "_orig_mod", module)  # torch.compile wraps a module
-        kind = next((kind for base, kind in MODULE_KINDS.items() if isinstance(inner, base)), "custom")
-        reduction = getattr(inner, "reduction", None)
-        if reduction not in REDUCTIONS:
-            raise ValueError(
-                f"the loss module {name} ({type(inner).__name__}) has reduction={reduction!r}; it must be 'mean', "
-                "'sum' or 'none', "
-                "because a sample's own share of the loss cannot be told otherwise. Give it such an attribute, or "
-                "compute the loss "
-                "through the callback: callback.loss(logits, target, index=...)"
-            )
-
-        def elementwise(input: Tensor, target: Tensor) -> Tensor:
-            clone = copy.copy(inner)
-            vars(clone)["reduction"] = "none"
-            return clone.forward(input, target)
-
-        return cls(
-            kind,
-            name,
-            elementwise,
-            str(reduction),
-            getattr(inner, "ignore_index", -100),
-            getattr(inner, "weight", None) if kind in ("cross_entropy", "nll") else None,
-        )
-
-    @classmethod
-    def of_call(cls, function: Callable[..., Tensor], options: dict[str, Any]) -> Criterion:
-        """Describe a call of one of torch's loss functions; ``options`` are its arguments besides input and target.
-
-        Raises:
-            ValueError: a reduction given through the deprecated ``size_average`` / ``reduce``.
-        """
-        name = f"F.{function.__name__}"
-        if options.get("size_average") is not None or options.get("reduce") is not None:
-            raise ValueError(
-                f"{name} was called with the deprecated size_average/reduce; use reduction='mean'|'sum'|'none'"
-            )
-
-        def elementwise(input: Tensor, target: Tensor) -> Tensor:
-            return function(input, target, **{**options, "reduction": "none"})
-
-        return cls(
-            FUNCTION_KINDS[function],
-            name,
-            elementwise,
-            options.get("reduction", "mean"),
-            options.get("ignore_index", -100),
-            options.get("weight") if FUNCTION_KINDS[function] in ("cross_entropy", "nll") else None,
-        )
 
 
 @dataclass
@@ -149,6 +46,7 @@ class LossCall:
         reached: called once when back-propagation reaches the loss; a loss that is thrown away leaves no trace.
         visits: visits of instance rows made for this call; their gradient is read per instance when asked for.
         unbatched: the user gave one sample without a batch dimension.
+        counted: bool like ``target``; elements of a task's regression that have a target. None: all.
         seen: what :meth:`observe` found.
     """
 
@@ -167,6 +65,7 @@ class LossCall:
     reached: list[Callable[[], None]] = field(default_factory=list)
     visits: list[Visit] = field(default_factory=list)
     unbatched: bool = False
+    counted: Tensor | None = None
     seen: Observation | None = None
 
     def __post_init__(self) -> None:
@@ -212,6 +111,8 @@ class LossCall:
             return losses
         if self.criterion.reduction == "sum":
             return losses.sum()
+        if self.criterion.kind == "given":
+            return losses.sum() / self.target.sum().clamp(min=1)
         if not self.counts_classes:
             return losses.mean()
         return losses.sum() / self.divisor()
@@ -293,7 +194,14 @@ class LossCall:
         if kind in SOFTMAX_KINDS and softmax_like:
             return observe.classification(self.input, self.target, self.criterion.ignore_index)
         with torch.no_grad():
-            return observe.regression(self.criterion.elementwise(self.input, self.target))
+            counted = self.target if kind == "given" else self.counted
+            return observe.regression(self.criterion.elementwise(self.input, self.target), counted)
+
+    def leave_out_missing(self) -> None:
+        """Put the prediction in the place of targets that are NaN: no loss and no gradient comes from them."""
+        missing = self.target.isnan()
+        self.target = torch.where(missing, self.input.detach().to(self.target.dtype), self.target)
+        self.given, self.counted = self.target, ~missing
 
 
 @runtime_checkable
@@ -308,6 +216,11 @@ class Stage(Protocol):
 
     def after(self, call: LossCall) -> None:
         """Replace ``call.losses``."""
+
+
+def stage_name(stage: Stage) -> str:
+    """What orders the stages of a position."""
+    return getattr(stage, "name", type(stage).__name__)
 
 
 def is_unbatched(kind: str, input: Tensor, target: Tensor) -> bool:
@@ -329,17 +242,24 @@ class Objective:
 
     Attributes:
         loss_scale: returns the GradScaler's current factor as a tensor, or None.
-        inspector: called with ``(index, observation)`` when the loss is computed.
-        observer: called with ``(index, observation)`` when back-propagation reaches the loss: a loss that is computed
+        main_task: of several tasks the one that is observed in full, and whose criterion ``criterion`` is.
+        inspector: called with ``(call, observation)`` when the loss is computed.
+        observer: called with ``(call, observation)`` when back-propagation reaches the loss: a loss that is computed
             and thrown away (a pass to refresh BatchNorm, a skipped step) is not a visit.
     """
 
     def __init__(self, stages: Iterable[Stage] = ()) -> None:
-        self.stages = sorted(stages, key=lambda stage: (stage.position, type(stage).__name__))
+        self.stages: list[Stage] = []
+        self.add_stages(stages)
         self.loss_scale: Callable[[], Tensor] | None = None
         self.criterion: Criterion | None = None  # the last one called
-        self.inspector: Callable[[Tensor, Observation], None] | None = None
-        self.observer: Callable[[Tensor, Observation], None] | None = None
+        self.main_task = ""
+        self.inspector: Callable[[LossCall, Observation], None] | None = None
+        self.observer: Callable[[LossCall, Observation], None] | None = None
+
+    def add_stages(self, stages: Iterable[Stage]) -> None:
+        """Add some, in any order."""
+        self.stages = sorted([*self.stages, *stages], key=lambda stage: (stage.position, stage_name(stage)))
 
     def begin(self, criterion: Criterion, input: Tensor, target: Tensor, index: Tensor) -> LossCall:
         """Start a call: observe, then run the stages that come before the criterion.
@@ -353,7 +273,8 @@ class Objective:
         Raises:
             ValueError: ``index`` and ``input`` disagree about the number of samples.
         """
-        self.criterion = criterion
+        if criterion.task == self.main_task:
+            self.criterion = criterion
         samples = samples_in(criterion.kind, input, target)
         if index.numel() != samples:
             raise ValueError(
@@ -367,11 +288,13 @@ class Objective:
             input, target = input.unsqueeze(0), target.unsqueeze(0)
         valid = torch.ones(input.shape[:1], dtype=torch.bool, device=input.device)
         call = LossCall(criterion, input, target, index, valid, unbatched=unbatched)
+        if criterion.task and criterion.kind in REGRESSION_KINDS:
+            call.leave_out_missing()
         with torch.no_grad():
             call.seen = call.observe()
         call.valid = call.seen.valid
         if self.inspector is not None:
-            self.inspector(index, call.seen)
+            self.inspector(call, call.seen)
         for stage in self.stages:
             stage.before(call)
         return call
@@ -392,7 +315,7 @@ class Objective:
                 reached.append(True)
                 call.upstream = upstream if loss_scale is None else upstream / loss_scale
                 if self.observer is not None and call.seen is not None:
-                    self.observer(call.index, call.seen)
+                    self.observer(call, call.seen)
                 for note in call.reached:
                     note()
 

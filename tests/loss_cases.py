@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataparams import DataParameters
-from dataparams.objective import Criterion, Objective
+from dataparams.criterion import Criterion
+from dataparams.objective import Objective
 
 B, C, N = 6, 4, 10
 INDEX = torch.tensor([7, 2, 9, 0, 4, 5])

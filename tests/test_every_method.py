@@ -35,8 +35,14 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
-from dataparams import DataParameters, InstanceLearningRates, LearnableSoftLabels, TrainingDynamics
-from dataparams.callbacks import ELR, GCE, LabelSmoothing, Pencil, SuperLoss
+from dataparams import (
+    DataParameters,
+    InstanceLearningRates,
+    InstanceTaskWeights,
+    LearnableSoftLabels,
+    TrainingDynamics,
+)
+from dataparams.callbacks import ELR, GCE, LabelSmoothing, Pencil, SuperLoss, TaskWeighting
 from dataparams.callbacks.base import MethodCallback
 from dataparams.callbacks.self_paced import SelfPacedSelection
 
@@ -76,6 +82,14 @@ METHODS: dict[str, Method] = {
     "selection": Method(SelfPacedSelection, neutral=lambda: SelfPacedSelection(start_fraction=1.0)),
     "selection_by_features": Method(lambda: SelfPacedSelection("threshold", "features", clusters_per_class=2)),
     "selection_by_magnet": Method(lambda: SelfPacedSelection(clusters="magnet", embedding=embedding())),
+    "task_weights": Method(
+        lambda: InstanceTaskWeights(["criterion"], lr=0.2),
+        neutral=lambda: InstanceTaskWeights(["criterion"], lr=0.0),
+    ),
+    "uncertainty": Method(
+        lambda: TaskWeighting("uncertainty", ["criterion"], lr=0.2),
+        neutral=lambda: TaskWeighting("uncertainty", ["criterion"], lr=0.0),
+    ),
     "superloss": Method(SuperLoss),
     "elr": Method(ELR),
     "gce": Method(GCE),

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from dataparams import DataParameters
 from dataparams.callbacks import GCE, LabelSmoothing, SuperLoss
+from dataparams.criterion import Criterion
 from dataparams.functional import generalized_cross_entropy, superloss
 from dataparams.functional.dynamics import Observation
-from dataparams.objective import Criterion, LossCall, Objective
+from dataparams.objective import LossCall, Objective
 
 # -- the initial state ------------------------------------------------------------------------------
 
@@ -57,7 +58,7 @@ def test_a_loss_of_the_users_own():
     target = torch.tensor([0, 1, 2, 3, 0, 1])
     made, seen = method(), []
     objective = Objective(made.stages())
-    objective.inspector = lambda index, observation: seen.append(observation)
+    objective.inspector = lambda call, observation: seen.append(observation)
     loss = through_module(objective, Focal(), INDEX, input, target)
     assert torch.equal(loss, Focal()(input, target))
     loss.backward()
@@ -142,7 +143,7 @@ def test_dynamics_are_observed_at_temperature_one():
     made, seen = method(), []
     made.tables["log_temperature"].values.fill_(2.0)
     objective = Objective(made.stages())
-    objective.inspector = lambda index, observation: seen.append((index, observation))
+    objective.inspector = lambda call, observation: seen.append((call.index, observation))
     input, target = torch.randn(B, C), torch.tensor([0, 1, 2, 3, 0, 1])
     objective(F.cross_entropy, INDEX, input, target, label_smoothing=0.3)
     index, observation = seen[0]

@@ -185,10 +185,7 @@ def test_one_class_single_samples_equal_losses_and_one_sample(rule: Rule):
     assert Pace(rule, 0.1).select(0, loss[:1], one[:1], one[:1]).tolist() == [True]
 
 
-STUCK = pytest.mark.xfail(strict=True, reason="an age of 0 does not grow by a factor")
-
-
-@pytest.mark.parametrize("rule", [pytest.param(r, marks=STUCK) if r == "threshold" else r for r in RULES])
+@pytest.mark.parametrize("rule", RULES)
 def test_losses_of_zero_are_losses_and_the_selection_still_grows(rule: Rule):
     loss, cluster, label = table()
     loss = torch.where(loss < loss.median(), torch.zeros_like(loss), loss)  # learned by heart, in single precision
@@ -196,6 +193,33 @@ def test_losses_of_zero_are_losses_and_the_selection_still_grows(rule: Rule):
     sizes = [int(pace.select(number, loss, cluster, label).sum()) for number in range(30)]
     assert sizes[0] >= 0.35 * N
     assert sizes[-1] == N
+
+
+def test_threshold_stands_still_only_where_its_share_is_reached():
+    loss = torch.cat([torch.zeros(60), torch.linspace(1, 2, 180)])
+    cluster = torch.arange(N) % 4
+    pace = Pace("threshold", 0.2, growth=1.2, diversity=0.0)
+    sizes = [int(pace.select(number, loss, cluster, cluster).sum()) for number in range(4)]
+    shares = [math.floor(0.2 * 1.2**number * N + 0.5) for number in range(4)]
+    assert shares[1] < 60 < shares[2]
+    assert sizes[:3] == [60, 60, shares[2]]
+    assert pace.age is not None
+    assert pace.age == pytest.approx(1.2 * float(loss[shares[2] - 1]))  # then it grows by the factor again
+    assert sizes[3] == int((loss < pace.age).sum())
+
+
+def test_threshold_that_selects_more_than_its_share_is_left_alone():
+    pace, cluster = Pace("threshold", 0.2, growth=1.2, diversity=0.0), torch.zeros(N, dtype=torch.int64)
+    pace.select(0, torch.linspace(1, 2, N), cluster, cluster)
+    learned = torch.cat([torch.linspace(0.5, 0.6, 200), torch.full((40,), 100.0)])
+    assert int(pace.select(1, learned, cluster, cluster).sum()) == 200  # growing selects nobody more
+
+
+def test_threshold_does_not_follow_rising_losses_without_growth():
+    loss, cluster, label = table()
+    pace = Pace("threshold", 0.5, growth=1.0)
+    first = int(pace.select(0, loss, cluster, label).sum())
+    assert int(pace.select(1, 2 * loss, cluster, label).sum()) < first - 10
 
 
 @pytest.mark.parametrize("diversity", [0.5, 1.0, 3.0])
@@ -215,6 +239,13 @@ def test_many_rounds_do_not_overflow(rule: Rule):
     for number in (0, 1, 2, 400):
         mask = pace.select(number, loss, cluster, label)
     assert bool(mask.all())
+
+
+def test_threshold_keeps_its_limit_for_ever():
+    loss, cluster, label = table()
+    pace = Pace("threshold", growth=1e10, max_fraction=0.6)
+    sizes = [int(pace.select(number, loss, cluster, label).sum()) for number in range(40)]
+    assert sizes[-1] == pytest.approx(0.6 * N, abs=2)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -89,6 +89,9 @@ class MethodCallback(SampleTable, L.Callback):
     def begin_step(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
         """Called before each training step of the user's, with the batch on the device."""
 
+    def end_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Called after each training step of the user's, before the backward pass of automatic optimization."""
+
     def replace_batch(self, trainer: L.Trainer, batch: Any) -> Any:
         """Another batch to train on in this step, without rows or training dynamics; None: train as usual."""
         return None
@@ -166,11 +169,20 @@ class MethodCallback(SampleTable, L.Callback):
         path = self.storage_dir / f"{type(self).__name__}.{name}.{uuid.uuid4().hex}.bin"
         return {"storage": self.storage, "path": path, "scratch": True, "device": device}
 
+    def rows_per_sample(self, name: str) -> int:
+        """Of a table that is not shared: 1, or a row a task, sample by sample."""
+        return 1
+
+    def _by_sample(self, name: str) -> Tensor:
+        """A table's values, ``(N, ...)``."""
+        values, each = self.tables[name].values, 1 if name in self.shared_tables else self.rows_per_sample(name)
+        return values if each == 1 else values.view(-1, each)
+
     def resize(self, num_rows: int) -> None:
         """Grow the tables with a row a sample, for ids that are numbered as they come."""
         for name, table in self.tables.items():
             if name not in self.shared_tables:
-                table.resize(num_rows)
+                table.resize(num_rows * self.rows_per_sample(name))
         for optimizer in self.optimizers:
             optimizer.resize()
         self.num_rows_built = num_rows
@@ -247,7 +259,7 @@ class MethodCallback(SampleTable, L.Callback):
         """Statistics of the rows: of the current batch (O(batch)), or of the whole tables."""
         statistics = {}
         for name, table in self.tables.items():
-            values = table.values
+            values = self._by_sample(name)
             if batches is not None and name not in self.shared_tables:
                 if not batches:
                     continue
@@ -265,7 +277,7 @@ class MethodCallback(SampleTable, L.Callback):
         assert self.dynamics is not None
         for name, table in self.tables.items():
             visited = None if name in self.shared_tables else self.dynamics.visits > 0
-            travel = float(mean_travel(table.values, table.init, visited))
+            travel = float(mean_travel(self._by_sample(name), table.init, visited))
             if travel < MIN_TRAVEL:
                 self._warn_once(
                     "inert",

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from dataparams.callbacks.evaluation_pass import Evaluated, EvaluationPass
 from dataparams.callbacks.magnet import MagnetTraining
 from dataparams.callbacks.network import Network
-from dataparams.objective import Criterion
+from dataparams.criterion import Criterion
 from dataparams.randomness import isolated, mixed
-from dataparams.sampling.clusters import ClusterIndex, cluster_by_class
+from dataparams.sampling.clusters import ClusterIndex, cluster_by_class, filled_by_class
+from dataparams.sampling.pace import require_finite
 
 Kind = Literal["class", "features", "magnet"]
 Mode = Literal["concurrent", "pretrain", "frozen"]
@@ -29,11 +30,15 @@ CHUNK = 1 << 16  # samples compared with all centers at a time
 class Clusters:
     """Says which cluster each sample is in.
 
+    A sample whose features are not finite goes by the mean of its class's (of all, where its class has none), makes no
+    clusters and trains no embedding.
+
     Args:
         kind, embedding, mode, clusters_per_class, seed: see :class:`dataparams.SelfPacedSelection`.
 
     Attributes:
         index: of the last look; None for classes.
+        known: ``(P,)`` bool, whose features were finite then.
         network: the embedding, where it is a network of its own.
 
     Raises:
@@ -54,6 +59,7 @@ class Clusters:
         self.clusters_per_class = clusters_per_class
         self.seed = seed
         self.index: ClusterIndex | None = None
+        self.known = torch.zeros(0, dtype=torch.bool)
         self.given: Tensor | None = None  # features by position
         self.trunk: str | None = None
         self.named = embedding if isinstance(embedding, str) else None
@@ -127,6 +133,9 @@ class Clusters:
             network: from its inputs to logits.
             criterion: the user's.
             selected: ``(P,)`` bool: an embedding that is trained on these is divided by these; None: by all.
+
+        Raises:
+            ValueError: no sample has a finite loss, or none has finite features.
         """
         features, handle = self._features(module)
         modules = [module] if self.network is None else [module, self.network]
@@ -138,13 +147,15 @@ class Clusters:
                 handle.remove()
         if self.kind == "class":
             return found
-        values = self._values(found)
-        finite = found.loss.isfinite()
-        chosen = finite
+        require_finite(found.loss)
+        values, finite = self._values(found), found.loss.isfinite()
+        self.known = values.isfinite().all(1)
+        values = filled_by_class(values, found.label)
+        chosen = finite & self.known
         if self.magnet is not None and selected is not None:
-            chosen = finite & selected
-            # A class without any has clusters of its own too, for the day that it comes in.
-            chosen = chosen | (finite & ~torch.isin(found.label, found.label[chosen]))
+            chosen = chosen & selected
+        # A class without any has clusters of its own too, for the day that it comes in.
+        chosen = chosen | (finite & ~torch.isin(found.label, found.label[chosen]))
         index = cluster_by_class(values[chosen], found.label[chosen], self.clusters_per_class, self.seed)
         cluster = nearest_of_class(values, found.label, index)
         cluster[chosen] = index.cluster
@@ -171,18 +182,28 @@ class Clusters:
         assert found.features is not None
         if self.network is not None or self.trunk is not None:
             return found.features
-        flat = found.features.numpy()
+        known = found.features.isfinite().all(1)
+        flat = found.features[known].numpy()
+        if len(flat) < 2:  # nothing varies, and nothing has to
+            return found.features
         if self._components is None:
             from sklearn.decomposition import PCA  # a second and a half to import, for those who need it
 
             count = min(COMPONENTS, *flat.shape)
             chosen = np.linspace(0, len(flat) - 1, min(FITTED, len(flat))).round().astype(np.int64)
             self._components = PCA(count, svd_solver="randomized", random_state=0).fit(flat[chosen])
-        return torch.from_numpy(self._components.transform(flat)).float()
+        values = torch.full((len(known), self._components.n_components_), torch.nan)
+        values[known] = torch.from_numpy(self._components.transform(flat)).float()
+        return values
 
     def assign(self, found: Evaluated) -> Tensor:
         """Cluster of each sample of the last look, ``(P,)``."""
         return found.label if self.index is None else self.index.cluster
+
+    def close(self) -> None:
+        """Let go of what loads."""
+        if self.magnet is not None:
+            self.magnet.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The embedding, where it is a network of its own, and its training."""

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from dataparams.callbacks.self_paced_checks import incomplete
+from dataparams.criterion import Criterion
 from dataparams.distributed import all_gather_rows
 from dataparams.index import IndexTracker
-from dataparams.objective import Criterion, LossCall
+from dataparams.objective import LossCall
 from dataparams.randomness import isolated
 
 
@@ -54,13 +56,25 @@ def evaluating(trainer: L.Trainer, *modules: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
+def is_quiet(trainer: L.Trainer) -> bool:
+    """No progress bar: the user wants none, or another process shows it."""
+    return trainer.progress_bar_callback is None or not trainer.is_global_zero
+
+
+def loading(loader: DataLoader) -> dict[str, Any]:
+    """How a training loader loads, for another one over the same samples: what a data set that cannot be forked, or is
+    slow, needs."""
+    names = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
+    return {name: getattr(loader, name) for name in names}
+
+
 class EvaluationPass:
     """Looks at the samples of a training loader, this process's share of them.
 
     Args:
         trainer: whose device, transfer hooks and precision.
         tracker: from ids to rows.
-        loader: the user's training loader: its data set, collate function, batch size and workers.
+        loader: the user's training loader: its data set, collate function, batch size and way of loading.
         dataset: the same samples without augmentation, or None: the loader's own.
         positions: ``(P,)`` to look at, ascending.
         read_input, read_target: from a batch to the network's input and the loss's target.
@@ -82,14 +96,14 @@ class EvaluationPass:
         self.read_input = read_input
         self.read_target = read_target
         self.mine = positions[trainer.global_rank :: trainer.world_size]
+        self.loader = loader
+        self.batch_size = max(loader.batch_size or 1, 256)  # no activations are kept
         self.batches = DataLoader(
             Subset(loader.dataset if dataset is None else dataset, self.mine.tolist()),
-            batch_size=max(loader.batch_size or 1, 256),  # no activations are kept
+            batch_size=self.batch_size,
             collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-            worker_init_fn=loader.worker_init_fn,
             generator=torch.Generator().manual_seed(0),
+            **loading(loader),
         )
 
     def run(
@@ -106,14 +120,19 @@ class EvaluationPass:
             logits: from an input to what the criterion takes; None: no losses are needed.
             criterion: the user's.
             features: from an input to ``(B, E)``, called after ``logits``; or None.
+
+        Raises:
+            ValueError: the network's output is not logits, or the collate function drops samples.
         """
         found: list[list[Tensor]] = []
-        bar = self.trainer.progress_bar_callback
-        hidden = bar is None or not self.trainer.is_global_zero
         with evaluating(self.trainer, *modules):
-            for host in tqdm(self.batches, "looking at the training set", leave=False, disable=hidden):
+            left = len(self.mine)
+            for host in tqdm(self.batches, "looking at the training set", leave=False, disable=is_quiet(self.trainer)):
                 batch = self.tracker.to_device(self.trainer, host)
                 inputs, target = self.read_input(batch), self.read_target(batch)
+                if len(target) != min(left, self.batch_size):
+                    raise ValueError(incomplete(self.loader, len(target), min(left, self.batch_size)))
+                left -= len(target)
                 columns = [torch.empty(len(target)), torch.full((len(target),), -1)]
                 if logits is not None and criterion is not None:
                     columns = self._losses(criterion, logits(inputs), target)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dataparams.objective import FUNCTION_KINDS, MODULE_KINDS, REGRESSION_KINDS, Criterion
+from dataparams.criterion import FUNCTION_KINDS, MODULE_KINDS, REGRESSION_KINDS, Criterion
 
 if TYPE_CHECKING:
     from dataparams.callbacks.session import Session
@@ -70,6 +70,12 @@ eagerly: Callable[..., Any] = torch.compiler.disable(_call)  # dynamo has no bus
 def is_compiled(module: L.LightningModule) -> bool:
     children = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in module.modules())
     return children or getattr(module, "_compiler_ctx", None) is not None
+
+
+def name_in(module: nn.Module, child: nn.Module) -> str:
+    """How the user would write ``child``: ``self.loss``, or its class where it is not a part of the module."""
+    found = (f"self.{name}" for name, other in module.named_modules() if other is child)
+    return next(found, type(child).__name__)
 
 
 def find_criterion(module: L.LightningModule, wanted: Any) -> tuple[Any, list[str]]:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from dataparams.callbacks.meta_checks import check_meta_set
 from dataparams.callbacks.network import ForwardPass, Network, alike, full
 from dataparams.callbacks.preconditioner import update_derivatives
+from dataparams.criterion import Criterion
 from dataparams.functional.lookahead import Mode
-from dataparams.objective import Criterion, LossCall
+from dataparams.objective import LossCall
 from dataparams.randomness import RandomState, mixed
 from dataparams.sampling import MetaBatches
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 
+from dataparams.callbacks.evaluation_pass import loading
 from dataparams.functional.magnet import magnet_loss
 from dataparams.index import IndexTracker
 from dataparams.randomness import isolated, mixed
@@ -17,7 +19,28 @@ from dataparams.sampling.clusters import ClusterIndex
 from dataparams.sampling.magnet import MagnetBatchSampler
 
 CLUSTERS, PER_CLUSTER = 8, 8  # M and D, the released code's
-STEP = 9  # a use of the seed
+STEP, LOAD = 9, 11  # uses of the seed
+
+
+class _Drawn(Dataset):
+    """The training set, batch by batch, each with random numbers of its own: a resumed run loads the same ones.
+
+    Args:
+        loader: the user's.
+        seed: of augmentation.
+    """
+
+    def __init__(self, loader: DataLoader, seed: int) -> None:
+        self.dataset, self.collate, self.seed = loader.dataset, loader.collate_fn, seed
+
+    def __getitems__(self, drawn: tuple[int, list[int]]) -> Any:
+        number, positions = drawn
+        with isolated(torch.device("cpu"), mixed(self.seed, LOAD, number)):
+            return self.collate(Subset(self.dataset, positions).__getitems__(list(range(len(positions)))))
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
 class MagnetTraining:
@@ -48,6 +71,7 @@ class MagnetTraining:
         self._positions = torch.zeros(0, dtype=torch.int64)
         self._plan = torch.zeros((0, 0), dtype=torch.int64)
         self._place = 0
+        self._batches: Iterator[Any] | None = None
 
     def refresh(
         self, index: ClusterIndex, positions: Tensor, selected: Tensor, number: int, trainer: L.Trainer
@@ -80,10 +104,10 @@ class MagnetTraining:
         plan = [self._sampler.plan()]
         if world_size > 1:  # drawn by losses, which devices may round differently
             dist.broadcast_object_list(plan, 0)
-        self._plan, self._place = plan[0], 0
+        self._plan, self._place, self._batches = plan[0], 0, None
 
     def step(self, trainer: L.Trainer, tracker: IndexTracker, loader: DataLoader, read_input: Any) -> None:
-        """One step on the next batch; without clusters to draw from, none."""
+        """One step on the next batch, loaded as the training loader loads; without clusters to draw from, none."""
         if self._sampler is None or self._index is None:
             return
         if self._place >= len(self._plan):
@@ -91,8 +115,9 @@ class MagnetTraining:
         drawn = self._plan[self._place]
         device = trainer.strategy.root_device
         with isolated(device, mixed(self.seed, STEP, self.steps)), torch.enable_grad():
-            samples = [loader.dataset[i] for i in self._positions[drawn].tolist()]
-            inputs = read_input(tracker.to_device(trainer, loader.collate_fn(samples)))
+            if self._batches is None:
+                self._batches = self._load(loader)
+            inputs = read_input(tracker.to_device(trainer, next(self._batches)))
             self.network.train()
             embeddings = self.network(inputs).flatten(1)
             classes = self._index.classes[self._index.cluster[drawn]].view(-1, PER_CLUSTER)[:, 0].to(device)
@@ -103,6 +128,22 @@ class MagnetTraining:
         self.optimizer.step()
         self._sampler.update_losses(drawn, losses.detach().flatten())
         self.steps, self._place = self.steps + 1, self._place + 1
+
+    def _load(self, loader: DataLoader) -> Iterator[Any]:
+        """What is left of the plan."""
+        plan = self._positions[self._plan[self._place :]].tolist()
+        numbered: Any = list(enumerate(plan, self.steps))
+        generator = torch.Generator().manual_seed(0)
+        return iter(
+            DataLoader(
+                _Drawn(loader, self.seed), batch_sampler=numbered, collate_fn=_as_is, generator=generator,
+                **loading(loader),
+            )
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Let the workers go; the stream of batches goes on where it was."""
+        self._batches = None
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer, and where the stream of batches stands."""
@@ -127,6 +168,7 @@ class MagnetTraining:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
+        self.close()
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps, self._positions, self._selected = state["steps"], state["positions"], state["selected"]

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from dataparams.callbacks.guard import NonFiniteGuard
-from dataparams.callbacks.hooks import WAYS_IN, LossMode, eagerly, find_criterion, is_compiled, make_hooks
+from dataparams.callbacks.hooks import WAYS_IN, LossMode, eagerly, find_criterion, is_compiled, make_hooks, name_in
+from dataparams.callbacks.tasks import MultiTask, OfTask, main_task
+from dataparams.criterion import FUNCTION_KINDS, Criterion
 from dataparams.distributed import all_gather_rows
 from dataparams.dynamics import DynamicsTable
 from dataparams.functional.dynamics import Observation
 from dataparams.index import IndexTracker
-from dataparams.objective import FUNCTION_KINDS, Criterion, LossCall, Objective, samples_in
+from dataparams.objective import LossCall, Objective, Stage, samples_in
 
 if TYPE_CHECKING:
     from dataparams.callbacks.base import MethodCallback
@@ -47,8 +49,10 @@ class Session:
         self.device = trainer.strategy.root_device
         self._handles: list[Any] = []
         self._module_calls: list[LossCall] = []
+        self.tasks: list[str] = []  # where there are several
         self._seen: list[tuple[Tensor, Observation]] = []
-        self._inspected: list[Tensor] = []
+        self._seen_of_tasks: list[tuple[Tensor, Observation]] = []
+        self._inspected: list[tuple[Tensor, str]] = []
         self._repeated: list[Observation] = []
         self._warned_repeated = False
         self._functions: set[Callable[..., Any]] | None = None
@@ -115,13 +119,14 @@ class Session:
                 "training_step(dataloader_iter) hides the batches; take (batch, batch_idx) to train with method "
                 "callbacks"
             )
-        self.objective = Objective([stage for member in self.members for stage in member.stages()])
+        self.objective = Objective()
         self.objective.inspector = self._inspect
         self.objective.observer = self._record
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             self.objective.loss_scale = lambda: scaler.scale(torch.ones((), device=trainer.strategy.root_device))
         self._find_criterion(module)
+        self.objective.add_stages([stage for member in self.members for stage in self._stages_of(member)])
 
         if is_compiled(module):
             torch.compiler.reset()  # graphs compiled before the hooks came would go on without them
@@ -141,6 +146,8 @@ class Session:
             skipped = output is None and module.automatic_optimization
             if not skipped:
                 self._check_called()
+                for member in self.members:
+                    member.end_step(trainer, module)
             return output
 
         trainer.strategy.training_step = training_step
@@ -176,20 +183,44 @@ class Session:
                 )
 
     def _find_criterion(self, module: L.LightningModule) -> None:
+        finder = next((member for member in self.members if isinstance(member, MultiTask)), None)
+        if finder is not None:
+            return self._find_tasks(finder, module)
         wanted, self._unknown = find_criterion(module, self._agreed(self.members, "criterion"))
         if isinstance(wanted, nn.Module):
-            name = next(
-                (f"self.{name}" for name, child in module.named_modules() if child is wanted),
-                type(wanted).__name__,
-            )
-            criterion = Criterion.of_module(wanted, name)
-            self._criterion_name, self._criterion = name, wanted
-            self.objective.criterion = criterion
-            before, after = make_hooks(self, criterion)
-            self._handles.append(wanted.register_forward_pre_hook(before, with_kwargs=True))
-            self._handles.append(wanted.register_forward_hook(after, with_kwargs=True))
+            self._criterion_name, self._criterion = name_in(module, wanted), wanted
+            self.objective.criterion = self._hook(wanted, self._criterion_name)
         else:
             self._functions = set(FUNCTION_KINDS) if wanted is None else {wanted}
+
+    def _find_tasks(self, finder: MultiTask, module: L.LightningModule) -> None:
+        """Hook the loss of every task. The one that ``criterion`` names, or the first, is the main one."""
+        found = finder.find_tasks(module)
+        for member in self.members:
+            if isinstance(member, MultiTask) and member.find_tasks(module) != found:
+                raise ValueError("the callbacks of one trainer that weigh tasks must name the same tasks")
+        self.tasks = list(found)
+        single = [member for member in self.members if not isinstance(member, MultiTask) and member.stages()]
+        main = main_task(module, found, self._agreed(self.members, "criterion"), [type(m).__name__ for m in single])
+        criteria = {task: self._hook(child, name_in(module, child), task) for task, child in found.items()}
+        self.objective.main_task, self.objective.criterion = main, criteria[main]
+        self._criterion_name, self._criterion = criteria[main].name, found[main]
+        for member in self.members:
+            if isinstance(member, MultiTask):
+                member.take_tasks(criteria, found)
+
+    def _hook(self, child: nn.Module, name: str, task: str = "") -> Criterion:
+        criterion = Criterion.of_module(child, name, task)
+        before, after = make_hooks(self, criterion)
+        self._handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(child.register_forward_hook(after, with_kwargs=True))
+        return criterion
+
+    def _stages_of(self, member: MethodCallback) -> list[Stage]:
+        """Of several tasks a method that knows none acts on the main one."""
+        if isinstance(member, MultiTask) or not self.tasks:
+            return member.stages()
+        return [OfTask(stage, self.objective.main_task) for stage in member.stages()]
 
     # -- the training step -----------------------------------------------------------------------------------------
 
@@ -298,15 +329,19 @@ class Session:
 
     # -- training dynamics -----------------------------------------------------------------------------------------
 
-    def _record(self, index: Tensor, seen: Observation) -> None:
-        if not any(seen is other for other in self._repeated):
-            self._seen.append((index, seen))
+    def _record(self, call: LossCall, seen: Observation) -> None:
+        task = call.criterion.task
+        if self.tasks:  # a number a sample and task
+            self._seen_of_tasks.append((call.index * len(self.tasks) + self.tasks.index(task), seen))
+        if task == self.objective.main_task and not any(seen is other for other in self._repeated):
+            self._seen.append((call.index, seen))
 
-    def _inspect(self, index: Tensor, seen: Observation) -> None:
-        if any(index is other for other in self._inspected):
+    def _inspect(self, call: LossCall, seen: Observation) -> None:
+        index, task = call.index, call.criterion.task
+        if any(index is other and task == of for other, of in self._inspected):
             self._repeated.append(seen)
             self._warn_repeated()
-        self._inspected.append(index)
+        self._inspected.append((index, task))
         self.guard.submit(index, ~torch.isfinite(seen.loss) & seen.valid)
 
     def _warn_repeated(self) -> None:
@@ -321,6 +356,7 @@ class Session:
 
     def flush(self, trainer: L.Trainer) -> None:
         """After a batch: add what was seen, on every process the same. Only the first member's call does it."""
+        self._flush_tasks(trainer)
         seen, self._seen = self._seen, []
         if self.dynamics is None or (not seen and trainer.world_size == 1):
             return
@@ -342,3 +378,18 @@ class Session:
         self.dynamics.update(index, joined)
         for member in self.members:
             member.observe(index, joined)
+
+    def _flush_tasks(self, trainer: L.Trainer) -> None:
+        seen, self._seen_of_tasks = self._seen_of_tasks, []
+        if not self.tasks or (not seen and trainer.world_size == 1):
+            return
+        device = trainer.strategy.root_device
+        nothing = torch.zeros(0, device=device)
+        rows = torch.cat([nothing.long(), *(rows.to(device, non_blocking=True) for rows, _ in seen)])
+        loss = torch.cat([nothing, *(torch.where(of.valid, of.loss.float(), torch.nan) for _, of in seen)])
+        if trainer.world_size > 1:
+            losses, numbers = all_gather_rows(loss[:, None], rows[:, None], device=device)
+            loss, rows = losses[:, 0], numbers[:, 0]
+        for member in self.members:
+            if isinstance(member, MultiTask):
+                member.observe_tasks(rows, loss)

@@ -108,10 +108,17 @@ def binary_classification(logits: Tensor, target: Tensor) -> Observation:
     return Observation(loss, margin.mean(1), margin.sigmoid().mean(1), (margin > 0).all(1), label, valid)
 
 
-def regression(losses: Tensor) -> Observation:
-    """Observe regression from its element-wise losses, shape ``(B, ...)``."""
-    loss = _elements(losses.detach().float()).mean(1)
+def regression(losses: Tensor, counted: Tensor | None = None) -> Observation:
+    """Observe regression from its element-wise losses.
+
+    Args:
+        losses: ``(B, ...)``.
+        counted: bool, the same shape; elements that have a target. None: all.
+    """
+    losses = _elements(losses.detach().float())
+    counted = torch.ones_like(losses, dtype=torch.bool) if counted is None else _elements(counted)
+    loss = _mean(losses, counted)
     nothing = torch.full_like(loss, float("nan"))
     label = torch.full_like(loss, -1, dtype=torch.int64)
     correct = torch.zeros_like(loss, dtype=torch.bool)
-    return Observation(loss, nothing, nothing, correct, label, torch.ones_like(correct))
+    return Observation(loss, nothing, nothing, correct, label, counted.any(1))

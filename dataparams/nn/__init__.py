@@ -1,5 +1,7 @@
 """Layers and losses that a user puts into a model."""
 
+from dataparams.nn.dhp_softmax import DHPSoftmax
 from dataparams.nn.magnet import MagnetLoss
+from dataparams.nn.task_losses import TaskLosses
 
-__all__ = ["MagnetLoss"]
+__all__ = ["DHPSoftmax", "MagnetLoss", "TaskLosses"]

@@ -81,6 +81,32 @@ def cluster_by_class(
     )
 
 
+def filled_by_class(features: Tensor, labels: Tensor) -> Tensor:
+    """Features without gaps: what is not finite takes the mean of its class, or of all where the class has none.
+
+    Args:
+        features: ``(N, E)``.
+        labels: ``(N,)`` integers.
+
+    Returns:
+        ``(N, E)``, finite; the same tensor where it was.
+
+    Raises:
+        ValueError: no sample has finite features.
+    """
+    finite = features.isfinite()
+    if bool(finite.all()):
+        return features
+    if not bool(finite.all(1).any()):
+        raise ValueError("no sample has finite features: the embedding has diverged, or the inputs hold NaN")
+    known, weight = torch.where(finite, features, torch.zeros_like(features)).double(), finite.double()
+    names, number = labels.unique(return_inverse=True)
+    total = known.new_zeros(len(names), features.shape[1]).index_add_(0, number, known)
+    count = torch.zeros_like(total).index_add_(0, number, weight)
+    mean = torch.where(count > 0, total / count.clamp(min=1), known.sum(0) / weight.sum(0))
+    return torch.where(finite, features, mean[number].to(features))
+
+
 def _within_class(points: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Cluster numbers ``(n,)`` from 0 without gaps."""
     from sklearn.cluster import KMeans

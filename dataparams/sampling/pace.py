@@ -22,6 +22,17 @@ from dataparams.randomness import mixed
 Rule = Literal["fraction", "threshold", "count", "random"]
 RULES = ("fraction", "threshold", "count", "random")
 CONTROL = 7  # a use of the seed
+GREATEST = 1e100  # of age and diversity: above any loss, and finite, for a limit has to be found below it
+
+
+def require_finite(loss: Tensor) -> None:
+    """Is there anybody to select?
+
+    Raises:
+        ValueError: no loss is finite.
+    """
+    if not bool(loss.isfinite().any()):
+        raise ValueError("no sample has a finite loss, so none can be selected: has training diverged?")
 
 
 class Pace:
@@ -29,9 +40,10 @@ class Pace:
 
     Args:
         rule: ``"fraction"``: the same share of every cluster. ``"threshold"``: the published rule; age and diversity
-            grow, the age starts where it selects ``start_fraction``. ``"count"``: so many samples of all clusters, the
-            easiest by loss less the diversity bonus. ``"random"``: a share of every cluster by lot, a control that
-            ignores the loss.
+            grow, the age starts where it selects ``start_fraction``. Where growing them selects nobody more (losses of
+            0 make an age of 0, which no factor moves), they start anew at ``start_fraction * growth**n`` of round n,
+            if that is more [our choice]. ``"count"``: so many samples of all clusters, the easiest by loss less the
+            diversity bonus. ``"random"``: a share of every cluster by lot, a control that ignores the loss.
         start_fraction: in (0, 1].
         growth: per round, at least 1.
         max_fraction: in (0, 1]; ``"auto"``: the share of samples whose labels look right, estimated from the losses of
@@ -99,8 +111,7 @@ class Pace:
         Raises:
             ValueError: no sample has a finite loss.
         """
-        if not bool(loss.isfinite().any()):
-            raise ValueError("no sample has a finite loss, so none can be selected: has training diverged?")
+        require_finite(loss)
         self.limit = self._limit(loss)
         grown = number * math.log(self.growth)  # the power itself would overflow
         full = grown >= math.log(self.limit / self.start_fraction)
@@ -115,7 +126,7 @@ class Pace:
                 loss, cluster, max(1, round(share * int(loss.isfinite().sum()))), self.diversity * abs(age)
             )
         else:
-            mask = self._by_threshold(loss, cluster)
+            mask = self._by_threshold(loss, cluster, share)
         return class_floor(mask, loss, label, self.floor) if self.floor else mask
 
     def _limit(self, loss: Tensor) -> float:
@@ -126,19 +137,29 @@ class Pace:
             return median(self._estimates) if self._estimates else 1.0
         return 1.0 if self.max_fraction is None else float(self.max_fraction)
 
-    def _by_threshold(self, loss: Tensor, cluster: Tensor) -> Tensor:
+    def _by_threshold(self, loss: Tensor, cluster: Tensor, share: float) -> Tensor:
+        finite = int(loss.isfinite().sum())
         if self.age is None or self.gamma is None:
-            self.gamma = self.diversity * abs(initial_age(loss, self.start_fraction))
-            self.age = initial_age(loss, self.start_fraction, cluster, self.gamma)
+            self.age, self.gamma = self._age_of(self.start_fraction, loss, cluster)
+            mask = self_paced_selection(loss, cluster, self.age, self.gamma)
         else:
-            self.age += (self.growth - 1) * abs(self.age)  # a negative age grows too
-            self.gamma *= self.growth
-        mask = self_paced_selection(loss, cluster, self.age, self.gamma)
-        finite = loss.isfinite()
-        if int(mask.sum()) > self.limit * int(finite.sum()):
+            before = int(self_paced_selection(loss, cluster, self.age, self.gamma).sum())
+            self.age = min(self.age + (self.growth - 1) * abs(self.age), GREATEST)  # a negative age grows too
+            self.gamma = min(self.gamma * self.growth, GREATEST)
+            mask = self_paced_selection(loss, cluster, self.age, self.gamma)
+            stuck = self.growth > 1 and int(mask.sum()) <= before
+            if stuck and before < math.floor(share * finite + 0.5):
+                self.age, self.gamma = self._age_of(share, loss, cluster)
+                mask = self_paced_selection(loss, cluster, self.age, self.gamma)
+        if int(mask.sum()) > self.limit * finite:
             age = initial_age(loss, self.limit, cluster, self.gamma)
             mask = self_paced_selection(loss, cluster, age, self.gamma)
         return mask
+
+    def _age_of(self, share: float, loss: Tensor, cluster: Tensor) -> tuple[float, float]:
+        """Age and diversity that select a share of all."""
+        gamma = self.diversity * abs(initial_age(loss, share))
+        return initial_age(loss, share, cluster, gamma), gamma
 
     def _by_lot(self, number: int, loss: Tensor, cluster: Tensor, share: float) -> Tensor:
         generator = torch.Generator().manual_seed(mixed(self.seed, CONTROL, number))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ from dataparams.tasks.surreal_files import (
     to_camera,
 )
 
-TASKS = ("pose2d", "pose3d", "depth", "parts")
+# Tasks, and the entries of a sample that are their labels.
+FIELDS = {"pose2d": ["joints2d"], "pose3d": ["joints3d"], "depth": ["depth", "depth_valid"], "parts": ["parts"]}
+TASKS = tuple(FIELDS)
 IGNORED = -100  # class of a pixel without a label; what torch.nn.functional.cross_entropy leaves out by default
 PLACES = (".", "data", "SURREAL/data", "SURREAL")  # where `cmu` may be below the folder that a user names
 
@@ -140,13 +142,12 @@ class SurrealClips(Dataset):
         index = range(len(self))[index]
         own = [task for task in TASKS if task not in self.donors or self.donors[task][index] == index]
         sample = self._read(index, own, with_image=True)
-        for task in TASKS:
-            if task not in own:
-                lent = self._read(int(self.donors[task][index]), [task], with_image=False)
-                names = _fields(task, lent)
-                sample.update({name: lent[name] for name in names})
-                # A picture that cannot be read has no labels, not even another's.
-                sample["labelled"][task] = lent["labelled"][task] and sample["frame"] >= 0
+        # A picture that cannot be read has no labels, not even another's.
+        lent = [task for task in TASKS if task not in own and sample["frame"] >= 0]
+        for task in lent:
+            other = self._read(int(self.donors[task][index]), [task], with_image=False)
+            sample.update({name: other[name] for name in FIELDS[task] if name in other})
+            sample["labelled"][task] = other["labelled"][task]
         return {**sample, "index": index}
 
     def frames(self, index: int) -> list[int]:
@@ -250,11 +251,6 @@ class ClipSampler(EpochSampler):
         """Choose order and frames of this epoch, counted from 0."""
         super().set_epoch(epoch)
         self.clips.set_epoch(epoch)
-
-
-def _fields(task: str, sample: Mapping[str, Any]) -> list[str]:
-    names = {"pose2d": ["joints2d"], "pose3d": ["joints3d"], "depth": ["depth", "depth_valid"], "parts": ["parts"]}
-    return [name for name in names[task] if name in sample]
 
 
 def _cut(picture: np.ndarray, corner: np.ndarray, side: int, outside: float) -> np.ndarray:

@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from dataparams.tasks.surreal_mat import MatError, count_variables, load_variables
+
 HEIGHT, WIDTH = 240, 320
 FOCAL = 600.0
 BACKGROUND = 1e10  # what the files say
@@ -94,9 +96,10 @@ class ClipInfo:
         The published reader's two conditions: not all 2D joints at one point (the mark of a rendering that failed),
         and the centre of the body's box (see `body_box`) inside the picture.
         """
-        finite = np.isfinite(self.joints2d).all((1, 2)) & np.isfinite(self.joints3d).all((1, 2))
+        joints = np.concatenate([self.joints2d, self.joints3d], -1)
+        finite = np.asarray(np.isfinite(joints.reshape(len(joints), -1)).all(1))
         joints = np.where(finite[:, None, None], self.joints2d, 0.0)
-        spread = np.ptp(joints, axis=1).max(1) > 0
+        spread = (joints.max(1) > joints.min(1)).any(1)
         corner, size = body_box(joints[:, JOINTS])
         centre = corner + size / 2
         inside = ((centre >= 0) & (centre < [WIDTH, HEIGHT])).all(1)
@@ -159,7 +162,10 @@ def check_clip(clip: Clip) -> ClipInfo:
     _check_boxes(clip.file("video"))
     info = read_info(clip)
     for name in ("depth", "segm"):
-        count = _count_elements(clip.file(name))
+        try:
+            count = count_variables(clip.file(name))
+        except MatError as error:
+            raise UnreadableClip("a mat file that cannot be read", f"{clip.file(name).name}: {error}") from error
         if count < len(info.joints2d):
             raise UnreadableClip(f"a frame has no {name}", f"{count} maps for {len(info.joints2d)} frames")
     if not info.usable().any():
@@ -214,6 +220,7 @@ def read_image(clip: Clip, frame: int) -> np.ndarray:
     """
     try:
         import av
+        from av.error import FFmpegError
     except ImportError as error:
         raise ImportError(INSTALL.format("PyAV")) from error
 
@@ -222,7 +229,7 @@ def read_image(clip: Clip, frame: int) -> np.ndarray:
             return _decode(container, frame)
     except UnreadableClip:
         raise
-    except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
+    except (FFmpegError, OSError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
         raise UnreadableClip("a video that cannot be decoded", f"frame {frame}: {error}") from error
 
 
@@ -254,37 +261,15 @@ def _read_map(clip: Clip, name: str, frame: int, dtype: Any) -> np.ndarray:
 
 def _load(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     try:
-        from scipy.io import loadmat
+        content = load_variables(path, names)
     except ImportError as error:
         raise ImportError(INSTALL.format("SciPy")) from error
-
-    try:
-        content = loadmat(str(path), variable_names=list(names))
-    except Exception as error:  # a damaged file meets SciPy's parser at any point, with any error
+    except MatError as error:
         raise UnreadableClip("a mat file that cannot be read", f"{path.name}: {error}") from error
     absent = [name for name in names if name not in content]
     if absent:
         raise UnreadableClip("a mat file lacks a variable", f"{path.name}: {', '.join(absent)}")
-    return {name: np.asarray(content[name]) for name in names}
-
-
-def _count_elements(path: Path) -> int:
-    """Number of variables in a mat file of version 5, by their lengths alone."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        header = stream.read(128)
-        order = {b"IM": "<", b"MI": ">"}.get(header[126:128])
-        if order is None:
-            raise UnreadableClip("a mat file that cannot be read", f"{path.name} is not of MATLAB's version 5")
-        position, count = 128, 0
-        while position < size:
-            stream.seek(position)
-            tag = stream.read(8)
-            position += 8 + (struct.unpack(order + "II", tag)[1] if len(tag) == 8 else size)
-            count += 1
-    if position != size:
-        raise UnreadableClip("a truncated file", path.name)
-    return count
+    return content
 
 
 def _check_boxes(path: Path) -> None:

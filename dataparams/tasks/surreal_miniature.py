@@ -1,7 +1,7 @@
 """A miniature of SURREAL in the layout of the original, made here: no licence, no download.
 
-Bodies of `surreal_body` in front of random backgrounds (`surreal_render`), written as the original was written: video in
-H.264 with ffmpeg's settings of the published generator, everything else with `scipy.io.savemat`, compressed.
+Bodies of `surreal_body` in front of random backgrounds (`surreal_render`), written as the published generator writes:
+video in H.264 at quality 23 and with ffmpeg's choice of key frames, all else with `scipy.io.savemat`, compressed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ FRAME_RATE = 30
 
 
 def write_miniature(
-    folder: str | Path, clips: Mapping[str, int] | None = None, frames: int = FRAMES, seed: int = 0, progress: bool = True
+    folder: str | Path,
+    clips: Mapping[str, int] | None = None,
+    frames: int = FRAMES,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Path:
     """Write a miniature of SURREAL, unless it is there.
 
@@ -90,7 +94,7 @@ def write_clip(clip: Clip, motion: Motion, camera: np.ndarray, generator: np.ran
     joints, turned = pose_body(motion)
     seen = to_camera(joints, camera)
     to_view = to_camera(np.eye(3), np.zeros(3)).T
-    wardrobe, background, solids = Wardrobe(generator), draw_background(generator), body_solids(motion.shape)
+    wardrobe, background, solids = Wardrobe.draw(generator), draw_background(generator), body_solids(motion.shape)
     rendered = [
         render_body(points, to_view @ turns, solids, wardrobe, background)
         for points, turns in zip(seen, turned, strict=True)
@@ -102,15 +106,15 @@ def write_clip(clip: Clip, motion: Motion, camera: np.ndarray, generator: np.ran
         savemat(clip.file(name), maps, do_compression=True)
     frames = len(joints)
     info: dict[str, Any] = {
-        "camDist": np.float32(camera[0] - joints[0, 0, 0]),
-        "camLoc": np.float32(camera)[:, None],
+        "camDist": float(camera[0] - joints[0, 0, 0]),
+        "camLoc": np.asarray(camera, np.float32)[:, None],
         "clipNo": int(clip.stem.name[-4:]),
         "gender": np.zeros((frames, 1), np.uint8),
         "joints2D": np.round(project(seen)).astype(np.float32).transpose(2, 1, 0),
         "joints3D": joints.astype(np.float32).transpose(2, 1, 0),
         "pose": motion.pose.astype(np.float32).T,
         "sequence": clip.stem.name,
-        "shape": np.repeat(np.float32(motion.shape)[:, None], frames, axis=1),
+        "shape": np.repeat(motion.shape.astype(np.float32)[:, None], frames, axis=1),
         "source": "cmu",
         "stride": np.uint8((50, 30, 70)[run]),
         "zrot": np.full((frames, 1), motion.zrot, np.float32),
@@ -119,7 +123,7 @@ def write_clip(clip: Clip, motion: Motion, camera: np.ndarray, generator: np.ran
 
 
 def write_video(path: Path, pictures: np.ndarray) -> None:
-    """Write pictures, uint8 (T, H, W, 3), as the published generator does: H.264, quality 23, its own key frames.
+    """Write pictures, uint8 (T, H, W, 3), as the published generator does but for the encoder's effort.
 
     Where PyAV comes without x264: MPEG-4.
     """

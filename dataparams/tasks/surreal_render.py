@@ -5,6 +5,8 @@ Exact where it matters: depth and part labels follow from the nearest intersecti
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from PIL import Image
 
@@ -20,7 +22,7 @@ RAYS = np.stack(
     axis=-1,
 )
 
-SKIN, SHIRT, TROUSERS, SHOES, HAIR = range(5)
+SKIN, SHIRT, TROUSERS, SHOES = range(4)
 # What each of the 24 solids wears.
 CLOTHES = np.array([
     TROUSERS, TROUSERS, TROUSERS, SHIRT, TROUSERS, TROUSERS, SHIRT, SHOES, SHOES, SHIRT, SHOES, SHOES, SKIN, SHIRT,
@@ -28,30 +30,36 @@ CLOTHES = np.array([
 ])  # fmt: skip
 
 
+@dataclass(frozen=True)
 class Wardrobe:
-    """Colours, stripes and light, drawn once for a clip.
+    """How a body looks.
 
-    Attributes:
+    Args:
         colours: RGB in [0, 1] of each solid, (24, 3).
         stripes: stripes a metre on each solid, (24,); 0 for none.
-        light: unit vector to the light, in the camera's axes.
+        light: unit vector to the light, in the camera's axes, (3,).
         ambient: share of the light that comes from everywhere.
     """
 
-    def __init__(self, generator: np.random.Generator) -> None:
+    colours: np.ndarray
+    stripes: np.ndarray
+    light: np.ndarray
+    ambient: float
+
+    @classmethod
+    def draw(cls, generator: np.random.Generator) -> Wardrobe:
+        """Random skin, clothes and light."""
         tone = generator.uniform(0.35, 0.95)
         skin = tone * np.array([1.0, generator.uniform(0.72, 0.85), generator.uniform(0.55, 0.7)])
-        palette = np.array([skin, *generator.uniform(0.1, 1.0, (2, 3)), *generator.uniform(0.05, 0.5, (2, 3))])
+        palette = np.array([skin, *generator.uniform(0.1, 1.0, (2, 3)), generator.uniform(0.05, 0.5, 3)])
         clothes = CLOTHES.copy()
         if generator.random() < 0.4:  # long sleeves
             clothes[[18, 19]] = SHIRT
         if generator.random() < 0.3:  # short trousers
             clothes[[4, 5]] = SKIN
-        self.colours = palette[clothes]
-        self.stripes = np.where(clothes == SHIRT, generator.choice([0, 0, 20, 40]), 0)
+        stripes = np.where(clothes == SHIRT, generator.choice([0, 0, 20, 40]), 0)
         light = generator.normal(size=3) * [1, 1, 0.3] - [0, 0.7, 1.0]  # from above and from the camera's side
-        self.light = light / np.linalg.norm(light)
-        self.ambient = generator.uniform(0.4, 0.65)
+        return cls(palette[clothes], stripes, light / np.linalg.norm(light), generator.uniform(0.4, 0.65))
 
 
 def render_body(
@@ -77,24 +85,26 @@ def render_body(
     depth = np.full((HEIGHT, WIDTH), BACKGROUND)
     parts = np.zeros((HEIGHT, WIDTH), np.uint8)
     picture = background.copy()
-    for joint, (ends, radius, stretch) in enumerate(zip(*solids, strict=True)):
-        to_local = turned[joint].T / stretch[:, None]
-        reach = joints[joint] + (ends * stretch) @ turned[joint].T
-        window = _window(reach, radius * stretch.max())
-        rays = RAYS[window] @ to_local.T
+    all_ends, radii, stretches = solids
+    reach = joints[:, None] + np.einsum("jab,jeb->jea", turned, all_ends * stretches[:, None])
+    windows = _windows(reach, radii * stretches.max(1))
+    for joint, (ends, radius, window) in enumerate(zip(all_ends, radii, windows, strict=True)):
+        to_local = turned[joint].T / stretches[joint][:, None]
+        rays = RAYS[window].reshape(-1, 3) @ to_local.T
         eye = -to_local @ joints[joint]
-        distance, inward, along = _capsule(eye, rays.reshape(-1, 3), ends, radius)
-        distance, along = distance.reshape(rays.shape[:2]), along.reshape(rays.shape[:2])
-        nearer = distance < depth[window]
-        depth[window][nearer] = distance[nearer]
-        parts[window][nearer] = joint + 1
-        normals = inward.reshape(rays.shape)[nearer] @ to_local
-        normals /= np.linalg.norm(normals, axis=1, keepdims=True)
-        shade = wardrobe.ambient + (1 - wardrobe.ambient) * np.clip(normals @ wardrobe.light, 0, 1)
+        distance = _capsule(eye, rays, ends, radius)
+        nearest = depth[window]
+        seen = np.flatnonzero(distance < nearest.ravel())
+        place = np.unravel_index(seen, nearest.shape)
+        nearest[place] = distance[seen]
+        parts[window][place] = joint + 1
+        normals, along = _surface(eye + distance[seen][:, None] * rays[seen], ends)
+        normals = normals @ to_local
+        lit = normals @ wardrobe.light / np.sqrt(np.einsum("md,md->m", normals, normals))
+        shade = wardrobe.ambient + (1 - wardrobe.ambient) * np.maximum(lit, 0)
         if wardrobe.stripes[joint]:
-            shade = shade * (1 + 0.3 * np.sign(np.sin(np.pi * wardrobe.stripes[joint] * along[nearer])))
-        colours = np.clip(wardrobe.colours[joint] * shade[:, None], 0, 1) * 255
-        picture[window][nearer] = colours.astype(np.uint8)
+            shade *= 1 + 0.3 * np.sign(np.sin(np.pi * wardrobe.stripes[joint] * along))
+        picture[window][place] = np.minimum(wardrobe.colours[joint] * shade[:, None], 1) * 255
     return picture, depth.astype(np.float32), parts
 
 
@@ -117,32 +127,38 @@ def draw_background(generator: np.random.Generator) -> np.ndarray:
     return np.clip(clouds, 0, 255).astype(np.uint8)
 
 
-def _window(ends: np.ndarray, reach: float) -> tuple[slice, slice]:
-    """Pixels that a body of this reach about a segment may touch; nothing nearer than half a metre is drawn."""
-    near = ends[:, 2] - reach
-    if near.min() < 0.5:
-        return slice(0, 0), slice(0, 0)
-    # The largest and the smallest of x / z over a box around each end.
-    corners = np.concatenate([(ends[:, :2] + sign * reach) / z[:, None] for sign in (-1, 1) for z in (near, near + 2 * reach)])
-    low = np.floor(corners.min(0) * FOCAL + [WIDTH / 2, HEIGHT / 2]).astype(int)
-    high = np.ceil(corners.max(0) * FOCAL + [WIDTH / 2, HEIGHT / 2]).astype(int) + 1
-    (left, top), (right, bottom) = np.clip(low, 0, [WIDTH, HEIGHT]), np.clip(high, 0, [WIDTH, HEIGHT])
-    return slice(top, bottom), slice(left, right)
+def _windows(ends: np.ndarray, reach: np.ndarray) -> list[tuple[slice, slice]]:
+    """Pixels that solids within this reach of segments may touch; nothing nearer than half a metre is drawn.
+
+    Args:
+        ends: of the segments, in the camera's axes, (J, 2, 3), metres.
+        reach: (J,), metres.
+    """
+    near = ends[..., 2:] - reach[:, None, None]
+    shown = near.min((1, 2)) >= 0.5
+    near = np.maximum(near, 0.5)
+    far = ends[..., 2:] + reach[:, None, None]
+    # The largest and the smallest x / z and y / z of a box around each end.
+    sides = [ends[..., :2] + sign * reach[:, None, None] for sign in (-1, 1)]
+    corners = np.concatenate([side / z for side in sides for z in (near, far)], axis=1)
+    middle, limit = np.array([WIDTH / 2, HEIGHT / 2]), np.array([WIDTH, HEIGHT])
+    low = np.clip(np.floor(corners.min(1) * FOCAL + middle), 0, limit).astype(int)
+    high = np.clip(np.ceil(corners.max(1) * FOCAL + middle) + 1, 0, limit).astype(int)
+    high = np.where(shown[:, None], high, low)
+    return [
+        (slice(top, bottom), slice(left, right))
+        for (left, top), (right, bottom) in zip(low.tolist(), high.tolist(), strict=True)
+    ]
 
 
-def _capsule(
-    eye: np.ndarray, rays: np.ndarray, ends: np.ndarray, radius: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where rays first meet a capsule.
+def _capsule(eye: np.ndarray, rays: np.ndarray, ends: np.ndarray, radius: float) -> np.ndarray:
+    """Where rays first meet a capsule: distance in lengths of the ray, (M,), infinite for a miss.
 
     Args:
         eye: (3,), outside the capsule.
         rays: directions, (M, 3), of any length.
         ends: of the segment, (2, 3).
         radius: of the capsule.
-
-    Returns:
-        distance in lengths of the ray, (M,), infinite for a miss; outward normal, (M, 3); place along the axis, (M,).
     """
     axis = ends[1] - ends[0]
     length = np.linalg.norm(axis)
@@ -150,22 +166,27 @@ def _capsule(
     start = eye - ends[0]
     # The part of ray and start across the axis: a circle in the plane.
     ray_along, start_along = rays @ axis, start @ axis
-    across = np.einsum("md,md->m", rays, rays) - ray_along**2
+    square = np.einsum("md,md->m", rays, rays)
+    across = square - ray_along**2
     meeting = rays @ start - ray_along * start_along
-    rest = start @ start - start_along**2 - radius**2
-    root = meeting**2 - across * rest
-    hit = (root >= 0) & (across > 1e-12)
+    root = meeting**2 - across * (start @ start - start_along**2 - radius**2)
     distance = np.full(len(rays), np.inf)
+    hit = np.flatnonzero((root >= 0) & (across > 1e-12))
     distance[hit] = (-meeting[hit] - np.sqrt(root[hit])) / across[hit]
-    along = np.where(hit, start_along + np.where(hit, distance, 0) * ray_along, 0.0)
+    along = start_along + distance[hit] * ray_along[hit]
     for end, beyond in [(ends[0], along < 0), (ends[1], along > length)]:
-        cap = np.flatnonzero(hit & beyond)
-        ray, offset = rays[cap], eye - end
-        square, half = np.einsum("md,md->m", ray, ray), ray @ offset
-        root = half**2 - square * (offset @ offset - radius**2)
-        distance[cap] = np.where(root >= 0, (-half - np.sqrt(np.maximum(root, 0))) / square, np.inf)
-    found = np.isfinite(distance)
-    point = start + np.where(found, distance, 0)[:, None] * rays
-    along = point @ axis
-    normal = point - np.clip(along, 0, length)[:, None] * axis
-    return distance, normal, along
+        cap = hit[beyond]
+        half, offset = rays[cap] @ (eye - end), eye - end
+        root = half**2 - square[cap] * (offset @ offset - radius**2)
+        distance[cap] = np.where(root >= 0, (-half - np.sqrt(np.maximum(root, 0))) / square[cap], np.inf)
+    return distance
+
+
+def _surface(points: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Outward normals of a capsule at points of its surface, (M, 3), and their places along its axis, (M,)."""
+    axis = ends[1] - ends[0]
+    length = np.linalg.norm(axis)
+    axis = axis / length
+    offset = points - ends[0]
+    along = offset @ axis
+    return offset - np.clip(along, 0, length)[:, None] * axis, along

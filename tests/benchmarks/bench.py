@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from bench_continual import bench_continual
 from bench_fits import BATCH, CLASSES, bench_lightning, bench_lookahead
+from bench_selection import bench_refresh, bench_selection
 from torch import nn
 
 from dataparams import DataParameters, ParameterTable, RowSGD
@@ -51,7 +53,7 @@ def make_step(num_rows: int, device: str, folder: Path | None) -> Callable[[], N
     callback._build(num_rows, torch.device(device))
     dynamics = DynamicsTable(num_rows, device)
     objective = Objective(callback.stages())
-    objective.observer = lambda index, seen: dynamics.update(index.to(device), seen)
+    objective.observer = lambda call, seen: dynamics.update(call.index.to(device), seen)
     logits = torch.randn(BATCH, CLASSES, device=device, requires_grad=True)
     target = torch.randint(0, CLASSES, (BATCH,), device=device)
 
@@ -158,7 +160,7 @@ def bench_memory() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    sections = ["rows", "lightning", "lookahead"]
+    sections = ["rows", "lightning", "lookahead", "selection", "continual"]
     parser.add_argument("--only", nargs="+", choices=sections, default=sections, help="sections (default: all)")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -175,6 +177,11 @@ def main() -> None:
     if "lookahead" in options.only:
         for precision in ("32-true", "bf16-mixed") if gpu else ("32-true",):
             bench_lookahead(options.device, precision, rounds=10 if gpu else 2)
+    if "selection" in options.only and not gpu:
+        bench_selection()
+        bench_refresh()
+    if "continual" in options.only:
+        bench_continual(options.device, fastest)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ TITLES = {
     "self_paced": "Selection: Fashion-MNIST, first 7,000, 40% symmetric noise, 20 epochs of 110 updates, batch 64, "
     "model rate 0.03",
     "self_paced_clean": "The same without noise",
-    "self_paced_tail": "The same without noise, with a long tail of 50:1 (1,832 samples, 20 epochs of 29 updates)",
+    "self_paced_tail": "The same without noise, long tail of 50:1 (about 1,825 samples, 20 epochs of 29 updates)",
     "magnet": "An embedding: Fashion-MNIST, first 7,000, 660 updates with Adam at 0.001, batch 64, 16 dimensions",
 }
 MAGNET = {
@@ -144,9 +144,6 @@ ARMS = {
         Arm("self_paced", "`self_paced`, `max_fraction=0.6`", "self_paced", CAPPED),
         Arm("self_paced_auto", "`self_paced`, `max_fraction=auto`", "self_paced",
             ("callbacks.selection.max_fraction=auto",)),
-        Arm("data_parameters", "`data_parameters`", "data_parameters"),
-        Arm("both", "`self_paced`, `max_fraction=0.6` + `data_parameters`", "self_paced", CAPPED,
-            ("data_parameters", "dataparams.DataParameters")),
     ),
     "self_paced_clean": (
         *SELECTIONS,

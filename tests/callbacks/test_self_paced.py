@@ -317,6 +317,7 @@ def test_dynamics_are_of_the_samples_trained_on():
 def test_summary_equals_a_count_by_hand():
     rows = pd.DataFrame(
         {
+            "given_label": [0, 1, 0, 1, 0, 0, 2],
             "first_round_last": [1.0, 1, 1, 2, np.nan, np.nan, np.nan],
             "selected_last": [True, True, False, True, False, False, False],
             "selection_loss_last": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, np.nan],
@@ -325,10 +326,13 @@ def test_summary_equals_a_count_by_hand():
     )
     assert SelfPacedSelection().summary(rows) == {
         "selected_fraction_last": 3 / 6,
+        "selected_class_share_first": 1 / 2,
+        "selected_class_share_last": 1 / 4,
         "selection_purity_first": 2 / 3,
         "selection_purity_last": 1 / 3,
     }
-    assert SelfPacedSelection().summary(rows.drop(columns="is_corrupt")) == {"selected_fraction_last": 3 / 6}
+    unknown = SelfPacedSelection().summary(rows.drop(columns="is_corrupt"))
+    assert set(unknown) == {"selected_fraction_last", "selected_class_share_first", "selected_class_share_last"}
     assert SelfPacedSelection().summary(pd.DataFrame({"index": [0]})) == {}
 
 

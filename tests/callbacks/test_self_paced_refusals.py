@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from every_method_helpers import INERT, QUIET, SAMPLES, Numbered, fit, make_loader
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from self_paced_helpers import Watching, true_losses
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
@@ -25,10 +26,16 @@ class Stream(IterableDataset):
         return iter([(*data[i], i) for i in range(len(data))])
 
 
+def divided() -> DistributedSamplerWrapper:
+    """As Lightning hands a sampler of the user's to each process."""
+    return DistributedSamplerWrapper(WeightedRandomSampler([1.0] * SAMPLES, SAMPLES), num_replicas=1, rank=0)
+
+
 @pytest.mark.parametrize(
     ("loader", "options", "message"),
     [
         (lambda: make_loader(sampler=WeightedRandomSampler([1.0] * SAMPLES, SAMPLES)), {}, "WeightedRandomSampler"),
+        (lambda: make_loader(sampler=divided()), {}, "WeightedRandomSampler"),
         (lambda: make_loader(Stream()), {"index_key": 2, "num_rows": SAMPLES}, "map-style"),
         (lambda: [make_loader(), make_loader()], {}, "one training loader"),
         (lambda: make_loader(), {"logits": "head"}, "no such submodule"),
@@ -63,7 +70,6 @@ def test_arguments_out_of_range_are_refused_at_once(options: dict[str, Any], mes
         SelfPacedSelection(**options)
 
 
-@pytest.mark.xfail(strict=True, reason="an unclear IndexError after the warm-up")
 def test_a_collate_function_that_drops_samples_is_right_or_refused_with_a_reason():
     class Numbers(Numbered):
         def __getitem__(self, index: int) -> Any:

@@ -309,7 +309,6 @@ def test_resume_from_a_checkpoint_of_the_validation_at_the_end_of_an_epoch(tmp_p
     assert resumed.round == whole.round
 
 
-@pytest.mark.xfail(strict=True, reason="a stop in mid-epoch counts as the end of a round")
 def test_rounds_are_epochs_also_after_a_stop_in_mid_epoch(tmp_path: Path):
     def train(steps: int, *more: Any, ckpt: Path | None = None, **options: Any) -> tuple[Any, L.Trainer]:
         callback = SelfPacedSelection()
@@ -321,6 +320,17 @@ def test_rounds_are_epochs_also_after_a_stop_in_mid_epoch(tmp_path: Path):
     callback, trainer = train(20, ckpt=tmp_path / "stopped.ckpt")
     assert trainer.current_epoch == 4
     assert callback.round == 4
+
+
+def test_an_epoch_that_is_stopped_is_no_round():
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step == 12  # of five an epoch
+
+    callback = SelfPacedSelection()
+    fit([callback, Stop()], make_loader(batch_size=5), max_epochs=9)
+    assert callback.round == 2
+    assert callback.to_frame()["first_round"].max() == 2
 
 
 def test_a_second_fit_goes_on():

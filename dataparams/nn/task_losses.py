@@ -1,0 +1,83 @@
+"""Losses of several tasks, handed over sample by sample: the place where a weighting callback takes hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("l1", "l2", "classification", "other")
+
+
+class TaskLoss(nn.Module):
+    """Mean of one task's losses over the samples that have a label for it; 0 where none has.
+
+    Args:
+        kind: what the losses are, see :class:`TaskLosses`.
+
+    Shape:
+        Losses ``(B,)`` and which of them count, bool ``(B,)``, to a scalar.
+    """
+
+    reduction = "mean"
+
+    def __init__(self, kind: str = "other") -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"a task's kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        self.kind = kind
+
+    def forward(self, losses: Tensor, counted: Tensor) -> Tensor:
+        losses = torch.where(counted, losses, torch.zeros_like(losses))
+        if self.reduction == "none":
+            return losses
+        return losses.sum() / counted.sum().clamp(min=1)
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}"
+
+
+class TaskLosses(nn.Module):
+    """The sum over tasks of each task's mean loss: equal weights, until a callback weighs them.
+
+    ::
+
+        self.losses = TaskLosses({"pose": "l1", "depth": "l1", "parts": "classification"})
+        ...
+        loss = self.losses({"pose": pose_losses, "depth": depth_losses, "parts": part_losses})
+
+    Args:
+        kinds: by task, what its losses are: ``"l1"`` and ``"l2"`` grow with the error as its size or its square,
+            ``"classification"`` are negative log-likelihoods, ``"other"`` anything that is not negative.
+
+    Shape:
+        A dictionary with ``(B,)`` losses for each of the tasks, NaN where a sample has no label for the task, to a
+        scalar. Losses of pixels or joints are averaged by the caller, over those that count. Put the NaN in *after* the
+        loss was computed, from a target that is a number: the gradient of a loss that was NaN from the start is NaN.
+
+    Raises:
+        ValueError: an unknown kind; in the forward pass other tasks, or losses that are not ``(B,)``.
+    """
+
+    def __init__(self, kinds: Mapping[str, str]) -> None:
+        super().__init__()
+        if not kinds:
+            raise ValueError("no task: give a dictionary from each task's name to its kind")
+        self.tasks = nn.ModuleDict({name: TaskLoss(kind) for name, kind in kinds.items()})
+
+    def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
+        if set(losses) != set(self.tasks):
+            raise ValueError(f"losses of the tasks {sorted(losses)}, where {sorted(self.tasks)} are expected")
+        total: Tensor | None = None
+        for name, task in self.tasks.items():
+            if losses[name].dim() != 1:
+                raise ValueError(
+                    f"the losses of task {name!r} have shape {tuple(losses[name].shape)}: give one a sample, (B,), the "
+                    "mean over its pixels, joints or words"
+                )
+            counted = ~losses[name].isnan()
+            loss = task(torch.where(counted, losses[name], torch.zeros_like(losses[name])), counted)
+            total = loss if total is None else total + loss
+        assert total is not None
+        return total
