@@ -181,21 +181,31 @@ class LossCall:
             return term.reshape(term.shape + (1,) * (output.dim() - term.dim()))
         return term.mean() if self.criterion.reduction == "mean" else term.sum() * math.prod(self.input.shape[1:])
 
-    def observe(self) -> Observation:
-        """Training dynamics of the call, from what the user's model and data gave: call it before the stages."""
+    def observe(self, in_full: bool = True) -> Observation:
+        """Training dynamics of the call, from what the user's model and data gave: call it before the stages.
+
+        Args:
+            in_full: False: only the loss, of a task that is not the main one.
+        """
         kind = self.criterion.kind
-        if kind == "bce":
+        if kind == "bce" and in_full:
             return observe.binary_classification(self.input, self.target)
-        softmax_like = self.input.dim() > 1 and (
-            self.target.shape == self.input.shape
-            if self.target.is_floating_point()
-            else self.target.dim() == self.input.dim() - 1
-        )
-        if kind in SOFTMAX_KINDS and softmax_like:
+        if kind in SOFTMAX_KINDS and self._softmax_like and in_full:
             return observe.classification(self.input, self.target, self.criterion.ignore_index)
+        counted = self.target if kind == "given" else self.counted
+        if kind in SOFTMAX_KINDS and not self.target.is_floating_point():
+            counted = self.target != self.criterion.ignore_index
         with torch.no_grad():
-            counted = self.target if kind == "given" else self.counted
-            return observe.regression(self.criterion.elementwise(self.input, self.target), counted)
+            losses = self.criterion.elementwise(self.input, self.target)
+            return observe.regression(losses, counted if counted is None or counted.shape == losses.shape else None)
+
+    @property
+    def _softmax_like(self) -> bool:
+        if self.input.dim() < 2:
+            return False
+        if self.target.is_floating_point():
+            return self.target.shape == self.input.shape
+        return self.target.dim() == self.input.dim() - 1
 
     def leave_out_missing(self) -> None:
         """Put the prediction in the place of targets that are NaN: no loss and no gradient comes from them."""
@@ -291,7 +301,7 @@ class Objective:
         if criterion.task and criterion.kind in REGRESSION_KINDS:
             call.leave_out_missing()
         with torch.no_grad():
-            call.seen = call.observe()
+            call.seen = call.observe(in_full=criterion.task == self.main_task)
         call.valid = call.seen.valid
         if self.inspector is not None:
             self.inspector(call, call.seen)

@@ -31,8 +31,9 @@ from dataparams.report.compare import compare
 from dataparams.report.files import check_writable, replacing, write_json
 from dataparams.report.monitor import DetectionMonitor, SaveOnInterrupt, StepTimer
 from dataparams.report.plots import write_plots
+from dataparams.report.printed import headline, report
 from dataparams.report.results import collect_results, load_checkpoint, methods_at, rows_of_run, write_matrices
-from dataparams.report.rows import detectors_in, read_rows, suspicions, write_rows
+from dataparams.report.rows import write_rows
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 CHECKPOINTS = ("best", "last", "best_ema", "interrupted")
@@ -74,13 +75,15 @@ class ProgressBar(TQDMProgressBar):
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Train, evaluate and write one run into ``cfg.run_dir``; returns what ``results.json`` holds.
 
-    The best epoch is the first with the highest accuracy on the (noisy) validation labels; test labels choose nothing.
+    The best epoch is the first with the highest accuracy on the (noisy) validation labels, or whatever else the module
+    names as its ``monitor``; test labels choose nothing.
 
     Args:
         cfg: the composed configuration (``conf/config.yaml``).
 
     Raises:
         OSError: the folder cannot be written; before training.
+        ValueError: averaged weights are asked for and the module has no single accuracy; before training.
         SystemExit: Ctrl-C or SIGTERM; what was learned so far has then been written.
     """
     run_dir = Path(cfg.run_dir).resolve()
@@ -102,7 +105,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     module = instantiate(cfg.module, _convert_="all")
     makers = {name: partial(instantiate, node, _convert_="all") for name, node in cfg.callbacks.items()}
     interrupt = SaveOnInterrupt(run_dir / "checkpoints" / "interrupted.ckpt")
-    trainer = _make_trainer(cfg, run_dir, [interrupt, *(make() for make in makers.values())])
+    monitor = getattr(module, "monitor", "val_accuracy")
+    if cfg.ema and monitor != "val_accuracy":
+        raise ValueError(f"ema={cfg.ema}: averaged weights are scored by one accuracy, this run by {monitor}: ema=null")
+    trainer = _make_trainer(cfg, run_dir, [interrupt, *(make() for make in makers.values())], monitor)
     last = run_dir / "checkpoints" / "last.ckpt"
     with _saving_when_interrupted(interrupt, run_dir, makers, datamodule):
         trainer.fit(module, datamodule=datamodule, ckpt_path=last if cfg.resume and last.exists() else None)
@@ -128,7 +134,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return {}
 
 
-def _make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback]) -> L.Trainer:
+def _make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], monitor: str) -> L.Trainer:
     folder = run_dir / "checkpoints"
     methods = [callback for callback in callbacks if isinstance(callback, MethodCallback)]
     keep = partial(ModelCheckpoint, folder, save_on_train_epoch_end=True, enable_version_counter=False)
@@ -136,7 +142,7 @@ def _make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback]) -
         *callbacks,
         DetectionMonitor(methods),
         StepTimer(),
-        keep(filename="best", monitor="val_accuracy", mode="max"),
+        keep(filename="best", monitor=monitor, mode="max"),
         keep(filename="last"),
     ]
     if cfg.ema:
@@ -222,7 +228,7 @@ def _remove_outputs(run_dir: Path) -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://dataparams.conf", config_name="config")
 def job(cfg: DictConfig) -> float | None:
-    """One Hydra job; returns the best noisy-validation accuracy, for sweepers that search."""
+    """One Hydra job; returns the best noisy-validation accuracy (of several tasks: score), for sweepers that search."""
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning").setLevel(logging.WARNING)
@@ -233,57 +239,8 @@ def job(cfg: DictConfig) -> float | None:
         raise SystemExit(f"dataparams: {error}") from None
     if not results:
         return None
-    print(_headline(results), f"run: {Path(cfg.run_dir).resolve()}", sep="\n", flush=True)
-    return results["val_accuracy_best"]
-
-
-def _headline(results: dict[str, Any]) -> str:
-    lines = [
-        f"{results['experiment']}, {results['method']}, seed {results['seed']}: test accuracy "
-        f"{results['test_accuracy_best']:.3f} at the best noisy-validation epoch ({results['best_epoch'] + 1} of "
-        f"{results['epochs']}), {results['test_accuracy_last']:.3f} at the last"
-    ]
-    found = [
-        f"{key.removeprefix('auroc_').removesuffix('_best').replace('_', ' ')} {value:.3f}"
-        for key, value in results.items()
-        if key.startswith("auroc_") and key.endswith("_best") and pd.notna(value)
-    ]
-    if found:
-        lines.append(f"  AUROC of wrong labels: {', '.join(found)}")
-    return "\n".join(lines)
-
-
-def report(run_dir: Path, by: str, count: int) -> None:
-    """Draw the plots of a finished run again and print its most suspicious samples.
-
-    Args:
-        run_dir: a run's folder.
-        by: one of the run's detectors, see :func:`dataparams.report.rows.detectors_in`.
-        count: how many samples to print.
-
-    Raises:
-        FileNotFoundError: no finished run there.
-        SystemExit: the run has no such detector.
-    """
-    if not (run_dir / "results.json").exists():
-        raise FileNotFoundError(f"{run_dir} is not a finished run (no results.json); for a sweep: dataparams compare")
-    rows = read_rows(run_dir / "rows.parquet")
-    scores = suspicions(rows, "_last")
-    if by not in scores:
-        raise SystemExit(f"dataparams: this run has no {by}: choose --by one of {', '.join(scores)}")
-    paths = write_plots(run_dir)
-    worst = rows.loc[scores[by].sort_values(ascending=False).index[:count]]
-    shown = [
-        "index",
-        "id",
-        "given_label",
-        "true_label",
-        "is_corrupt",
-        *(f"{column}_last" for column, _ in detectors_in(rows).values()),
-    ]
-    print(f"most suspicious by {by.replace('_', ' ')} at the last epoch:")
-    print(worst[[name for name in shown if name in worst]].to_string(index=False, float_format="%.3f"))
-    print("\n".join(["", *map(str, paths), str(run_dir / "rows.parquet")]))
+    print(headline(results), f"run: {Path(cfg.run_dir).resolve()}", sep="\n", flush=True)
+    return results["val_score_best" if "val_score_best" in results else "val_accuracy_best"]
 
 
 def list_choices() -> str:
@@ -317,7 +274,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
             "The table of a sweep: mean, deviation, paired difference to a baseline. Writes summary.csv."
         )
         parser.add_argument("folder", type=Path, metavar="SWEEP")
-        parser.add_argument("--baseline", default="none", help="the method subtracted (default: %(default)s)")
+        parser.add_argument("--baseline", help="the method subtracted (default: none, or where it is absent equal)")
     return parser
 
 

@@ -13,13 +13,15 @@ import yaml
 
 from dataparams.callbacks.sample_table import SampleTable
 from dataparams.report.files import replacing
+from dataparams.report.tasks import own_task, scored_tasks
 
-BASELINE = "none"
+BASELINES = ("none", "equal")
 # Settings that tell the methods of a sweep apart, follow from the seed or change no number; two runs that differ in
 # nothing else are a pair.
 PAIRED_APART = ("callbacks", "method", "run_dir", "seed", "tuned", "resume", "plots", "progress_bar")
 KEYS = ["experiment", "setting", "method"]
 
+Column = tuple[str, str, float, int]
 # What the printed table shows before and after the detectors: the key in results.json, its heading, what it is
 # multiplied by, and decimals.
 ACCURACIES = [
@@ -29,7 +31,7 @@ ACCURACIES = [
     ("test_accuracy_ema_last", "test % last, averaged", 100.0, 1),
 ]
 COSTS = [("step_time_ms", "ms a step", 1.0, 2)]
-PAIRED_SHOWN = {"test_accuracy_best", "test_accuracy_last"}
+PAIRED_SHOWN = ("accuracy_best", "accuracy_last", "error_best", "error_last")  # how a key ends that shows differences
 
 
 def read_sweep(sweep_dir: Path | str) -> pd.DataFrame:
@@ -77,7 +79,7 @@ def _follows_seed(name: str) -> bool:
     return name.split(".")[-1] in ("seed", "run_dir", "save_dir", "name")
 
 
-def summarize(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
+def summarize(runs: pd.DataFrame, baseline: str = BASELINES[0]) -> pd.DataFrame:
     """Mean, standard deviation and paired difference of every number in ``runs``.
 
     A line per experiment, setting and method.
@@ -114,24 +116,64 @@ def summarize(runs: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
     return summary.iloc[order].reset_index(drop=True)
 
 
-def format_summary(summary: pd.DataFrame, baseline: str = BASELINE) -> str:
+def format_summary(summary: pd.DataFrame, baseline: str = BASELINES[0]) -> str:
     """The summary as text: mean +- standard deviation, and in brackets the paired difference to the baseline."""
     parts = []
     group: Any
     for _, group in summary.groupby(["experiment", "setting"], sort=False):
         experiment, setting = group.iloc[0][["experiment", "setting"]]
-        table = pd.DataFrame({"method": group["method"], "seeds": group["seeds"].astype(str)})
-        for key, heading, scale, digits in [*ACCURACIES, *_detectors(summary), *COSTS]:
-            if f"{key}_mean" in group and group[f"{key}_mean"].notna().any():
-                table[heading] = [_cell(line, key, scale, digits) for _, line in group.iterrows()]
         heading = f"{experiment}, {setting}" if setting else str(experiment)
+        tasks = scored_tasks(name.removesuffix("_mean") for name in group if _present(group, name))
+        columns = [*_scores(tasks), *COSTS] if tasks else [*ACCURACIES, *_detectors(summary), *COSTS]
+        table = pd.DataFrame({"method": group["method"], "seeds": group["seeds"].astype(str)})
+        for key, title, scale, digits in columns:
+            if _present(group, f"{key}_mean"):
+                table[title] = [_cell(line, key, scale, digits) for _, line in group.iterrows()]
         parts.append(f"{heading}\n{_aligned(table)}")
+        found = _detectors_by_task(group, tasks)
+        if len(found):
+            parts.append(f"{heading}: AUROC for the wrong labels of each task, best epoch\n{_aligned(found)}")
     if summary["pairs"].any():
         parts.append(f"In brackets: difference to {baseline}, paired by seed. best: best noisy-validation epoch.")
     return "\n\n".join(parts)
 
 
-def _detectors(summary: pd.DataFrame) -> list[tuple[str, str, float, int]]:
+def _present(group: pd.DataFrame, column: str) -> bool:
+    return column in group and bool(group[column].notna().any())
+
+
+def _scores(tasks: Mapping[str, str]) -> list[Column]:
+    """Columns for the scores of several tasks."""
+    forms = {"accuracy": ("%", 100.0, 1), "error": ("error", 1.0, 3)}
+    return [
+        (f"{task}_{score}_{when}", f"{task.replace('_', ' ')} {forms[score][0]} {when}", *forms[score][1:])
+        for task, score in tasks.items()
+        for when in ("best", "last")
+    ]
+
+
+def _detectors_by_task(group: pd.DataFrame, tasks: Mapping[str, str]) -> pd.DataFrame:
+    """A line for each method and detector, a column for each task whose wrong labels it may find."""
+    keys: dict[str, dict[str, str]] = {}
+    for column in group:
+        name = str(column).removeprefix("auroc_").removesuffix("_best_mean")
+        if column == f"auroc_{name}_best_mean" and _present(group, column):
+            other = own_task(name, [f"on_{task}" for task in tasks])
+            detector = name.removesuffix(f"_{other}") if other else name
+            task = other.removeprefix("on_") if other else own_task(name, tasks)
+            if task:
+                keys.setdefault(detector, {})[task] = column.removesuffix("_mean")
+    shown = [task for task in tasks if any(task in columns for columns in keys.values())]
+    lines = []
+    for _, line in group.iterrows():
+        for detector, columns in sorted(keys.items(), key=lambda item: item[0] in SampleTable.detectors):  # own first
+            cells = [_cell(line, columns[task], 1.0, 3) if task in columns else "-" for task in shown]
+            if set(cells) != {"-"}:
+                lines.append([line["method"], detector.replace("_", " "), *cells])
+    return pd.DataFrame(lines, columns=["method", "detector", *shown])
+
+
+def _detectors(summary: pd.DataFrame) -> list[Column]:
     """A column for each detector of the sweep at the best epoch: the methods' own, then those that all share."""
     names = [
         column.removeprefix("auroc_").removesuffix("_best_mean")
@@ -149,7 +191,7 @@ def _cell(line: Any, key: str, scale: float, digits: int) -> str:
     text = f"{mean:.{digits}f}"
     if pd.notna(deviation):
         text += f" ± {deviation:.{digits}f}"
-    if key in PAIRED_SHOWN and line["pairs"]:
+    if key.endswith(PAIRED_SHOWN) and line["pairs"]:
         text += f" ({line[f'{key}_diff_mean'] * scale:+.{digits}f}"
         spread = line[f"{key}_diff_std"] * scale
         text += f" ± {spread:.{digits}f})" if pd.notna(spread) else ")"
@@ -164,13 +206,20 @@ def _aligned(table: pd.DataFrame) -> str:
     )
 
 
-def compare(sweep_dir: Path | str, baseline: str = BASELINE) -> str:
+def compare(sweep_dir: Path | str, baseline: str | None = None) -> str:
     """Write ``summary.csv`` into ``sweep_dir`` and return the table as text.
+
+    Args:
+        sweep_dir: holds the runs.
+        baseline: the method subtracted; by default the first of ``none`` and ``equal`` that is there.
 
     Raises:
         FileNotFoundError: no finished run there.
     """
-    summary = summarize(read_sweep(sweep_dir), baseline)
+    runs = read_sweep(sweep_dir)
+    if baseline is None:
+        baseline = next((method for method in BASELINES if method in set(runs["method"])), BASELINES[0])
+    summary = summarize(runs, baseline)
     with replacing(Path(sweep_dir) / "summary.csv") as beside:
         summary.to_csv(beside, index=False)
     return format_summary(summary, baseline)

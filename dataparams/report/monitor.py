@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dataparams.callbacks.base import MethodCallback
 from dataparams.report.rows import auroc, detectors_in, detectors_of, merge_frames, suspicions
+from dataparams.report.tasks import truth_columns, truths_for
 
 
 class StepTimer(L.Callback):
@@ -67,7 +68,8 @@ class DetectionMonitor(L.Callback):
 
     ``auroc_<detector>``, and ``<column>_clean`` and ``<column>_corrupt``, the means of its column over the clean and
     the corrupt samples. The truth comes from the data module (``is_corrupt``, by position in the training set) and is
-    seen here alone; the method never sees it. Silent where the truth is not known.
+    seen here alone; the method never sees it. Silent where the truth is not known. Of several tasks, a detector is held
+    against its own; one that speaks of none against each, as ``auroc_<detector>_on_<task>``.
 
     Args:
         methods: the callbacks whose rows are looked at.
@@ -81,17 +83,22 @@ class DetectionMonitor(L.Callback):
         if is_corrupt is None or not self.methods:
             return
         rows = merge_frames([method.to_frame() for method in self.methods])
+        for name, truth in truth_columns(is_corrupt, "is_corrupt", "is_corrupt").items():
+            rows[name] = np.asarray(truth, dtype=bool)[rows["index"]]
         rows.attrs["detectors"] = detectors_of(self.methods)
-        corrupt = np.asarray(is_corrupt, dtype=bool)[rows["index"]]
-        if corrupt.all() or not corrupt.any():
-            return
         values = {}
         for detector, scores in suspicions(rows).items():
             column, _ = detectors_in(rows)[detector]
-            values[f"auroc_{detector}"] = auroc(scores, corrupt)
-            values[f"{column}_clean"] = rows[column][~corrupt].mean()
-            values[f"{column}_corrupt"] = rows[column][corrupt].mean()
-        pl_module.log_dict(values, sync_dist=True)
+            truths = truths_for(rows, detector)
+            for against, corrupt in truths.items():
+                if corrupt.all() or not corrupt.any() or (against and "" in truths):
+                    continue
+                values[f"auroc_{detector}{against}"] = auroc(scores, corrupt)
+                if not against:
+                    values[f"{column}_clean"] = rows[column][~corrupt].mean()
+                    values[f"{column}_corrupt"] = rows[column][corrupt].mean()
+        if values:
+            pl_module.log_dict(values, sync_dist=True)
 
 
 class SaveOnInterrupt(L.Callback):

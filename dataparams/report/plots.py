@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from dataparams.callbacks.sample_table import SampleTable
 from dataparams.report.files import replacing
 from dataparams.report.rows import auroc, detectors_in, read_rows, suspicions
+from dataparams.report.tasks import of_task, own_task, scored_tasks, tasks_in
 
 CLEAN, CORRUPT, NEUTRAL = "#0072B2", "#D55E00", "#555555"  # told apart by colour-blind readers too
 # Curves often lie on top of each other: from wide and pale to narrow and dark, each stays visible under the next.
@@ -38,7 +39,9 @@ def write_plots(run_dir: Path | str) -> list[Path]:
 
     ``accuracy.png``; with known truth ``detectors.png``; for every column that the method adds as a detector of wrong
     labels (``log_temperature``, ``learning_rate_factor``, ...) ``<column>.png``, its mean over epochs where the truth
-    is known, and ``<column>_histogram.png``; for every ``<name>_matrix.csv`` a heat map ``<name>_matrix.png``.
+    is known, and ``<column>_histogram.png``; for every ``<name>_matrix.csv`` a heat map ``<name>_matrix.png``. With
+    several tasks ``scores.png`` in place of ``accuracy.png``, and a ``detectors_<task>.png`` for each that has wrong
+    labels.
 
     Raises:
         FileNotFoundError: the folder holds no finished run.
@@ -48,16 +51,24 @@ def write_plots(run_dir: Path | str) -> list[Path]:
     epochs = by_epoch(pd.read_csv(run_dir / "metrics.csv"))
     rows = read_rows(run_dir / "rows.parquet")
     title = f"{results['experiment']}, {results['method']}, seed {results['seed']}"
-    paths = [_save(accuracy_plot(epochs, results, title), run_dir / "accuracy.png")]
+    if scored_tasks(results):
+        paths = [_save(scores_plot(epochs, results, title), run_dir / "scores.png")]
+    else:
+        paths = [_save(accuracy_plot(epochs, results, title), run_dir / "accuracy.png")]
     if "is_corrupt" in rows and rows["is_corrupt"].nunique() == 2:
         paths.append(_save(detector_plot(rows, title), run_dir / "detectors.png"))
-    own = [column for name, (column, _) in detectors_in(rows).items() if name not in SampleTable.detectors]
-    for column in own:
+    tasks = {task: of_task(rows, task) for task in tasks_in(rows)}
+    for task, view in tasks.items():
+        if view["is_corrupt"].nunique() == 2:
+            paths.append(_save(detector_plot(view, f"{title}: {task}"), run_dir / f"detectors_{task}.png"))
+    own = {column: name for name, (column, _) in detectors_in(rows).items() if name not in SampleTable.detectors}
+    for column, name in own.items():
         if {f"{column}_clean", f"{column}_corrupt"} <= set(epochs):
             figure = column_plot(epochs, column, results["best_epoch"], title)
             paths.append(_save(figure, run_dir / f"{column}.png"))
         if column in rows:
-            paths.append(_save(histogram_plot(rows, column, title), run_dir / f"{column}_histogram.png"))
+            view = tasks.get(own_task(name, tasks) or "", rows)
+            paths.append(_save(histogram_plot(view, column, title), run_dir / f"{column}_histogram.png"))
     matrices = {path.with_suffix(".png"): pd.read_csv(path, index_col=0) for path in run_dir.glob("*_matrix.csv")}
     return paths + [_save(matrix_plot(matrix, title), path) for path, matrix in sorted(matrices.items())]
 
@@ -74,27 +85,43 @@ def accuracy_plot(epochs: pd.DataFrame, results: dict, title: str) -> Figure:
         "val_accuracy": ("validation (noisy labels)", CLEAN),
         "val_accuracy_ema": ("validation, averaged weights", CORRUPT),
     }
+    _draw_scores(axes, epochs, curves, results, "test_accuracy")
+    axes.set(xlabel="epoch", ylabel="accuracy")
+    return figure
+
+
+def scores_plot(epochs: pd.DataFrame, results: dict, title: str) -> Figure:
+    """For each of several tasks what :func:`accuracy_plot` shows of one: accuracy or error."""
+    tasks = scored_tasks(results)
+    figure, panels = _figure(title, panels=len(tasks), sharey=False)
+    for axes, (task, score) in zip(np.atleast_1d(panels), tasks.items(), strict=True):
+        curves = {f"val_{task}_{score}": ("validation (noisy labels)", CLEAN)}
+        _draw_scores(axes, epochs, curves, results, f"{task}_{score}")
+        axes.set(xlabel="epoch", ylabel=f"{_in_words(task)}, {score}")
+    return figure
+
+
+def _draw_scores(axes: Any, epochs: pd.DataFrame, curves: dict[str, tuple[str, str]], results: dict, test: str) -> None:
+    """Curves over epochs by column, with labels and colours, and the results on test at the best epoch and the last."""
     for column, (label, color) in curves.items():
         if column in epochs:
             curve = epochs[column].dropna()
             axes.plot(curve.index, curve, color=color, label=label, marker="." if len(curve) < 3 else None)
     best, last = results["best_epoch"], results["epochs"] - 1
     axes.axvline(best, color=NEUTRAL, linewidth=1, linestyle=":", label="best validation epoch")
-    points = [(best, results["test_accuracy_best"]), (last, results["test_accuracy_last"])]
+    points = [(best, results[f"{test}_best"]), (last, results[f"{test}_last"])]
     axes.scatter(*zip(*points, strict=True), color="black", zorder=3, label="test (clean labels)")
     top_room = 0.02 * (axes.get_xlim()[1] - axes.get_xlim()[0])
-    for epoch, accuracy in dict(reversed(points)).items():
+    for epoch, value in dict(reversed(points)).items():
         near_right = epoch > 0.8 * last
         axes.annotate(
-            f"{accuracy:.3f}",
-            (epoch + (-top_room if near_right else top_room), accuracy),
+            f"{value:.3f}",
+            (epoch + (-top_room if near_right else top_room), value),
             ha="right" if near_right else "left",
             va="bottom",
         )
-    axes.set(xlabel="epoch", ylabel="accuracy")
     axes.margins(y=0.12)
     axes.legend(loc="best")
-    return figure
 
 
 def column_plot(epochs: pd.DataFrame, column: str, best_epoch: int, title: str) -> Figure:
@@ -205,12 +232,14 @@ def _in_words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _figure(title: str, panels: int = 1, size: tuple[float, float] | None = None) -> tuple[Figure, Any]:
+def _figure(
+    title: str, panels: int = 1, size: tuple[float, float] | None = None, sharey: bool = True
+) -> tuple[Figure, Any]:
     """A figure without pyplot, whose global state would outlive the run."""
     figure = Figure(figsize=size or (4.8 * panels + (1.2 if panels == 1 else 0), 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize="medium")
-    axes = figure.subplots(1, panels, sharey=panels > 1)
+    axes = figure.subplots(1, panels, sharey=sharey and panels > 1)
     for one in np.atleast_1d(axes):
         one.spines[["top", "right"]].set_visible(False)
         one.grid(alpha=0.25)

@@ -18,6 +18,7 @@ from dataparams.report.files import replacing
 from dataparams.report.monitor import StepTimer
 from dataparams.report.rows import SCHEMA_VERSION, build_rows, detection_results, detectors_of, merge_frames
 from dataparams.tasks.calibration import calibrated_scores, evaluate
+from dataparams.tasks.multitask import MultiTaskModel
 
 Checkpoint = dict[str, Any]
 
@@ -63,6 +64,7 @@ def rows_of_run(best: Sequence[MethodCallback], last: Sequence[MethodCallback], 
     return build_rows(
         merge_frames([method.to_frame() for method in best]),
         merge_frames([method.to_frame() for method in last]),
+        given_labels=given if isinstance(given := getattr(datamodule, "given_labels", None), Mapping) else None,
         true_labels=getattr(datamodule, "true_labels", None),
         is_corrupt=getattr(datamodule, "is_corrupt", None),
         ids=getattr(datamodule, "ids", None),
@@ -102,7 +104,8 @@ def collect_results(
         checkpoints: ``best`` and ``last``; with averaged weights also ``best_ema``.
         rows: what :func:`rows_of_run` returns.
         methods: what :func:`methods_at` returns for the last checkpoint.
-        module: maps inputs to logits; its weights are overwritten by those of the last checkpoint.
+        module: maps inputs to logits, or is a :class:`MultiTaskModel`; its weights are overwritten by those of the last
+            checkpoint.
         datamodule: set up, with validation and test loaders.
         device: where to evaluate.
     """
@@ -139,10 +142,15 @@ def collect_results(
 
 def score(module: L.LightningModule, datamodule: Any) -> dict[str, float]:
     """Accuracy on validation and test, and likelihood and calibration error on test; all with the weights as they are.
+    Of several tasks ``<task>_accuracy`` or ``<task>_error`` on test, and the same and ``score`` as ``val_...``.
 
     ``test_nll_calibrated`` and ``test_ece_calibrated`` divide the logits by one temperature fitted on validation data,
     without which the numbers of different methods cannot be compared.
     """
+    if isinstance(module, MultiTaskModel):
+        scores = module.evaluate(datamodule.test_dataloader())
+        del scores["score"]  # it chooses epochs, which is nothing for test labels
+        return {f"val_{key}": value for key, value in module.evaluate(datamodule.val_dataloader()).items()} | scores
     val_logits, val_labels = evaluate(module, datamodule.val_dataloader())
     test_logits, test_labels = evaluate(module, datamodule.test_dataloader())
     return {

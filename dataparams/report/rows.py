@@ -17,7 +17,10 @@ variability          float     its standard deviation over visits
 log_temperature      float     method ``data_parameters``: log sigma of the sample
 ===================  ========  ====================================================================================
 
-After the first five, a column holds its value at the best epoch (best accuracy on the noisy validation labels) and,
+With several tasks ``given_<task>``, ``true_<task>`` and ``is_corrupt_<task>`` stand beside the first five, of which
+``given_label``, like the columns after them, speaks of the main task.
+
+After these, a column holds its value at the best epoch (best accuracy on the noisy validation labels) and,
 suffixed ``_last``, at the last one. Methods add columns of their own, and never rename these. The Parquet
 metadata carries the version of this schema under ``dataparams_schema_version``, which changes when a column changes its
 meaning, and under ``dataparams_detectors`` the run's detectors of wrong labels (see :func:`detectors_of`) as JSON.
@@ -26,8 +29,9 @@ meaning, and under ``dataparams_detectors`` the run's detectors of wrong labels 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,8 +42,10 @@ from torchmetrics.functional.classification import binary_auroc
 
 from dataparams.callbacks.sample_table import SampleTable
 from dataparams.report.files import replacing
+from dataparams.report.tasks import truth_columns, truths_for
 
 Detectors = dict[str, tuple[str, float]]
+Truth = Sequence[Any] | np.ndarray | Mapping[str, np.ndarray] | None
 
 SCHEMA_VERSION = "1"
 SCHEMA_KEY = b"dataparams_schema_version"
@@ -78,20 +84,22 @@ def merge_frames(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def build_rows(
     best: pd.DataFrame,
     last: pd.DataFrame,
-    true_labels: Sequence[int] | np.ndarray | None = None,
-    is_corrupt: Sequence[bool] | np.ndarray | None = None,
+    true_labels: Truth = None,
+    is_corrupt: Truth = None,
     ids: Sequence[object] | None = None,
     detectors: Detectors | None = None,
+    given_labels: Truth = None,
 ) -> pd.DataFrame:
     """The table of ``rows.parquet``.
 
     Args:
         best: a callback's ``to_frame()`` at the best epoch.
         last: the same at the last epoch.
-        true_labels: per position in the training set, or None where nobody knows.
-        is_corrupt: per position in the training set, or None.
+        true_labels: per position in the training set, or None where nobody knows; with several tasks a dictionary.
+        is_corrupt: per position in the training set, or None; with several tasks a dictionary.
         ids: the data set's own names of the samples, per position, in place of the frames' ``id``; or None.
         detectors: what :func:`detectors_of` returns; the table carries them, see :func:`detectors_in`.
+        given_labels: of several tasks, per position in the training set; of a single one they are in the frames.
 
     Raises:
         ValueError: ``best`` and ``last`` are not about the same samples, or an index lies outside the truth.
@@ -102,14 +110,19 @@ def build_rows(
     later = last.loc[:, ["index", *changing]].rename(columns={name: f"{name}_last" for name in changing})
     rows = best.merge(later, on="index", validate="one_to_one").sort_values("index", ignore_index=True)
     index = rows["index"].to_numpy()
-    for column, truth in (("true_label", true_labels), ("is_corrupt", is_corrupt), ("id", ids)):
-        if truth is None:
-            continue
+    known = {
+        **truth_columns(given_labels, "given_label", "given"),
+        **truth_columns(true_labels, "true_label", "true"),
+        **truth_columns(is_corrupt, "is_corrupt", "is_corrupt"),
+        **truth_columns(ids, "id", "id"),
+    }
+    for column, truth in known.items():
         truth = np.asarray(truth)
         if len(index) and index.max() >= len(truth):
             raise ValueError(f"index {index.max()} lies outside {column}, which has {len(truth)} entries")
         rows[column] = truth[index]
     static = [column for column in STATIC_COLUMNS if column in rows]
+    static += [column for column in known if column not in static]
     rows = rows.loc[:, static + [column for column in rows if column not in static]]
     if detectors is not None:
         rows.attrs["detectors"] = detectors
@@ -178,12 +191,15 @@ def auroc(scores: pd.Series | np.ndarray, is_corrupt: pd.Series | np.ndarray) ->
 
 
 def detection_results(rows: pd.DataFrame) -> dict[str, float]:
-    """``auroc_<detector>_best`` and ``auroc_<detector>_last``; empty where the truth is not known."""
-    if "is_corrupt" not in rows:
-        return {}
+    """``auroc_<detector>_best`` and ``auroc_<detector>_last``; empty where the truth is not known.
+
+    With several tasks that is against the corrupt labels of the detector's own task, and against those of another
+    ``auroc_<detector>_on_<task>_best``: see :func:`dataparams.report.tasks.truths_for`.
+    """
     best, last = suspicions(rows), suspicions(rows, "_last")
     results = {}
     for name in last:
-        results[f"auroc_{name}_best"] = auroc(best[name], rows["is_corrupt"])
-        results[f"auroc_{name}_last"] = auroc(last[name], rows["is_corrupt"])
+        for against, is_corrupt in truths_for(rows, name).items():
+            results[f"auroc_{name}{against}_best"] = auroc(best[name], is_corrupt)
+            results[f"auroc_{name}{against}_last"] = auroc(last[name], is_corrupt)
     return results

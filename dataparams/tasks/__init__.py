@@ -9,7 +9,11 @@ from dataparams.tasks.data import NoisyDataModule
 from dataparams.tasks.image_data import DigitsData, FashionMNISTData, MNISTData
 from dataparams.tasks.loading import EpochSampler, ImageDataset
 from dataparams.tasks.models import SmallBNNet, SmallCNN, WideResNet, resnet18_cifar
+from dataparams.tasks.multimnist import MultiMNISTData
+from dataparams.tasks.multitask import JointError, MultiTaskCNN, MultiTaskModel, Task
 from dataparams.tasks.noise import corrupt_labels
+from dataparams.tasks.surreal import SurrealClips
+from dataparams.tasks.surreal_data import SurrealData
 
 __all__ = [
     "CIFARData",
@@ -18,10 +22,17 @@ __all__ = [
     "EpochSampler",
     "FashionMNISTData",
     "ImageDataset",
+    "JointError",
     "MNISTData",
+    "MultiMNISTData",
+    "MultiTaskCNN",
+    "MultiTaskModel",
     "NoisyDataModule",
     "SmallBNNet",
     "SmallCNN",
+    "SurrealClips",
+    "SurrealData",
+    "Task",
     "WideResNet",
     "calibrated_scores",
     "corrupt_labels",

@@ -31,6 +31,8 @@ class Classifier(L.LightningModule):
         scheduler: called with the optimizer, stepped once an epoch; none by default.
     """
 
+    monitor = "val_accuracy"  # what the best epoch is chosen by
+
     def __init__(
         self,
         model: nn.Module,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from bench_continual import bench_continual
 from bench_fits import BATCH, CLASSES, bench_lightning, bench_lookahead
 from bench_selection import bench_refresh, bench_selection
+from bench_tasks import bench_tasks
 from torch import nn
 
 from dataparams import DataParameters, ParameterTable, RowSGD
@@ -160,7 +161,7 @@ def bench_memory() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    sections = ["rows", "lightning", "lookahead", "selection", "continual"]
+    sections = ["rows", "lightning", "lookahead", "selection", "tasks", "continual"]
     parser.add_argument("--only", nargs="+", choices=sections, default=sections, help="sections (default: all)")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -180,6 +181,8 @@ def main() -> None:
     if "selection" in options.only and not gpu:
         bench_selection()
         bench_refresh()
+    if "tasks" in options.only:
+        bench_tasks(options.device)
     if "continual" in options.only:
         bench_continual(options.device, fastest)
 

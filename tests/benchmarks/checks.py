@@ -124,6 +124,30 @@ def self_paced_harmless(plain: Sequence[Results], method: Sequence[Results], poi
     ]
 
 
+def multimnist(equal: Sequence[Results], uncertainty: Sequence[Results], method: Sequence[Results]) -> list[Check]:
+    """MultiMNIST, two of three tasks noisy: instance-level weights against equal and uncertainty, paired by seed."""
+
+    def gain(key: str, other: Sequence[Results]) -> float:
+        return _mean([100 * (m[key] - o[key]) for m, o in zip(method, other, strict=True)])
+
+    def auroc(name: str) -> float:
+        return _mean([m[f"auroc_log_sigma_{name}_best"] for m in method])
+
+    error = _mean([m["ink_error_last"] for m in method]) / _mean([e["ink_error_last"] for e in equal])
+    return [
+        Check("noisy digit, last epoch, points over equal weights", gain("left_accuracy_last", equal), 10),
+        Check("the same over uncertainty weighting", gain("left_accuracy_last", uncertainty), 6),
+        Check("clean digit, last epoch, points over equal weights", gain("right_accuracy_last", equal), -1),
+        Check("equal weights' regression error at the last epoch, in the method's", 1 / error, 1 / 0.6),
+        Check("AUROC of the noisy digit's weights, best epoch", auroc("left"), 0.92),
+        Check("AUROC of the regression's weights", auroc("ink"), 0.88),
+        Check("0.04 - distance of the digit's weights' AUROC for the other task from 0.5",
+              0.04 - abs(auroc("left_on_ink") - 0.5), 0),
+        Check("0.04 - distance of the regression's weights' AUROC for the other task from 0.5",
+              0.04 - abs(auroc("ink_on_left") - 0.5), 0),
+    ]  # fmt: skip
+
+
 def magnet(softmax: Sequence[Results], method: Sequence[Results]) -> list[Check]:
     """An embedding by the Magnet loss against a softmax network, paired by seed. The second bound is tighter than the 2
     points asked for, which random impostors miss by little."""

@@ -19,8 +19,8 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-from experiments import ARMS, DATA, LARGE, SEEDS, Job, jobs_of
-from result_tables import arms_section, complete, harmless_section, magnet_section, reference_section
+from experiments import DATA, LARGE, SEEDS, Job, jobs_of
+from result_tables import complete, harmless_section, section
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -88,15 +88,7 @@ def _train(job: Job, folder: Path, device: str) -> None:
 def write_results(path: Path, root: Path, missing: list[str], device: str) -> None:
     """RESULTS.md: every table whose runs are complete, with seeds and versions."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", "scikit-learn"))
-    sections = [
-        arms_section(root, name)
-        if name in ARMS
-        else magnet_section(root)
-        if name == "magnet"
-        else reference_section(root, name)
-        for name in [*DATA, LARGE]
-        if complete(root, name)
-    ]
+    sections = [section(root, name) for name in [*DATA, LARGE] if complete(root, name)]
     harmless = harmless_section(root)
     parts = [
         "# Evidence\n\nWritten by `make evidence`. Clean test accuracy in percent, mean ± standard deviation over "

@@ -17,6 +17,7 @@ DATA = {
     "self_paced_clean": "FashionMNIST",
     "self_paced_tail": "FashionMNIST",
     "magnet": "FashionMNIST",
+    "multimnist_noise": "MNIST",
     "cifar10": "cifar10",
 }
 TITLES = {
@@ -32,6 +33,8 @@ TITLES = {
     "model rate 0.03",
     "self_paced_clean": "The same without noise",
     "self_paced_tail": "The same without noise, long tail of 50:1 (about 1,825 samples, 20 epochs of 29 updates)",
+    "multimnist_noise": "Several tasks: MultiMNIST, 4,000 pictures; left digit 40% wrong labels, right digit clean, ink "
+    "mass 30% corrupt; 18 epochs, batch 64, model rate 0.01",
     "magnet": "An embedding: Fashion-MNIST, first 7,000, 660 updates with Adam at 0.001, batch 64, 16 dimensions",
 }
 MAGNET = {
@@ -151,6 +154,10 @@ ARMS = {
             ("callbacks.selection.max_fraction=auto",)),
     ),
     "self_paced_tail": SELECTIONS,
+    "multimnist_noise": tuple(
+        Arm(name, f"`{name}`", name)
+        for name in ("equal", "uncertainty", "dwa", "gradnorm", "random_weighting", "task_weights")
+    ),
 }  # fmt: skip
 BASE = {
     "digits_meta": ("experiment=digits_meta",),
@@ -159,6 +166,7 @@ BASE = {
     "self_paced": ("experiment=self_paced",),
     "self_paced_clean": CLEAN,
     "self_paced_tail": (*CLEAN, "data.imbalance=50"),
+    "multimnist_noise": ("experiment=multimnist_noise",),
 }
 
 

@@ -186,6 +186,41 @@ def _add_epochs_to_target(root: Path, experiment: str, arms: Mapping[str, Runs])
             run[EPOCHS_TO_TARGET] = float(reached.min() + 1) if len(reached) else float("nan")
 
 
+def tasks_section(root: Path) -> str:
+    """Every task at the best epoch and the last, by weighting."""
+    arms = {arm.name: read(root, "multimnist_noise", arm.name) for arm in ARMS["multimnist_noise"]}
+    lines = [
+        f"## {TITLES['multimnist_noise']}",
+        "",
+        f"{measured(root, 'multimnist_noise')} {len(arms['equal'])} seeds. Accuracy in %, mean absolute error of the "
+        "standardised ink mass, best / last; the best epoch has the highest score on validation data as noisy. AUROC "
+        "at the best epoch: of a task's column for its own corrupt labels.",
+        "",
+        *_head(["", "noisy digit", "clean digit", "ink error", "AUROC log sigma: digit", "ink", "digit for ink's",
+                "ink for digit's", "AUROC mean loss: digit", " ink"]),
+    ]  # fmt: skip
+    keys = ("log_sigma_left", "log_sigma_ink", "log_sigma_left_on_ink", "log_sigma_ink_on_left", "mean_loss_left",
+            "mean_loss_ink")  # fmt: skip
+    for arm in ARMS["multimnist_noise"]:
+        runs = arms[arm.name]
+        cells = [
+            " / ".join(_cell(runs, f"{task}_accuracy_{k}") for k in ("best", "last")) for task in ("left", "right")
+        ]
+        cells.append(" / ".join(_cell(runs, f"ink_error_{k}", 1, 3) for k in ("best", "last")))
+        lines.append(_row([arm.title, *cells, *(_cell(runs, f"auroc_{key}_best", 1, 3) for key in keys)]))
+    asked = checks.multimnist(arms["equal"], arms["uncertainty"], arms["task_weights"])
+    return "\n".join([*lines, *_checks(asked, "task_weights")])
+
+
+def section(root: Path, experiment: str) -> str:
+    """An experiment's part of RESULTS.md."""
+    if experiment == "magnet":
+        return magnet_section(root)
+    if experiment == "multimnist_noise":
+        return tasks_section(root)
+    return arms_section(root, experiment) if experiment in ARMS else reference_section(root, experiment)
+
+
 def magnet_section(root: Path) -> str:
     """Accuracy of the embedding beside that of a softmax network."""
     arms = {name: read(root, "magnet", name) for name in MAGNET}
