@@ -58,7 +58,7 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
         lr: rate a visit of log sigma of classification, at least 0; default 0.02.
         regression_lr: of the other tasks; default 0.05.
         bounds: of log sigma of classification; default (-0.5, 3).
-        regression_bounds: of the other tasks', relative to the task's scale; default (-1, 3). Lower,
+        regression_bounds: of the other tasks', relative to the task's scale; default (-0.5, 3). Lower,
             the gradients of samples that are fitted well grow sigma^-2 times, and training can diverge.
         momentum: in [0, 1); default 0.9. It advances when a row is visited.
         weight_decay: pulls log sigma to 0 on visits; default 0.
@@ -83,7 +83,7 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
         lr: float = 0.02,
         regression_lr: float = 0.05,
         bounds: tuple[float, float] = (-0.5, 3.0),
-        regression_bounds: tuple[float, float] = (-1.0, 3.0),
+        regression_bounds: tuple[float, float] = (-0.5, 3.0),
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         scale: Literal["first_batch"] | None = "first_batch",
@@ -138,16 +138,17 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
         """Scale logits, weigh losses."""
         return [_TaskWeights(self)]
 
-    def scale_of(self, task: str, losses: Tensor, valid: Tensor) -> Tensor:
+    def scale_of(self, call: LossCall, losses: Tensor) -> Tensor:
         """The mean loss of the task's first batch that has a label for it, on all processes.
 
         Args:
-            task: its name.
-            losses: ``(B,)`` means over elements, 0 where there is no label.
-            valid: ``(B,)`` bool.
+            call: of the task.
+            losses: per element.
         """
+        task = call.criterion.task
         if task not in self.scales:
-            total = torch.stack((losses.detach().double().sum(), valid.sum().double()))
+            of_instances = torch.where(call.valid, instance_means(call, losses.detach()), 0.0)
+            total = torch.stack((of_instances.double().sum(), call.valid.sum().double()))
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(total)
             mean = total[0] / total[1]
@@ -212,7 +213,7 @@ class _TaskWeights:
             call.weigh(weight)
         else:  # not through weigh(), whose difference to the user's own loss would lose digits
             losses = call.elementwise()
-            weight = weight / self.method.scale_of(task, instance_means(call, losses.detach()), call.valid)
+            weight = weight / self.method.scale_of(call, losses)
             call.losses = losses * broadcast_rows(weight, losses)
         call.log_terms.append(COEFFICIENT[form] * log_sigma * share)
 

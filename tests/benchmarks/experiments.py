@@ -33,8 +33,8 @@ TITLES = {
     "model rate 0.03",
     "self_paced_clean": "The same without noise",
     "self_paced_tail": "The same without noise, long tail of 50:1 (about 1,825 samples, 20 epochs of 29 updates)",
-    "multimnist_noise": "Several tasks: MultiMNIST, 4,000 pictures; left digit 40% wrong labels, right digit clean, ink "
-    "mass 30% corrupt; 18 epochs, batch 64, model rate 0.01",
+    "multimnist_noise": "Several tasks: MultiMNIST, 4,000 pictures; left digit 40% wrong labels, right digit clean, "
+    "ink mass 30% corrupt; 18 epochs, batch 64, model rate 0.01",
     "magnet": "An embedding: Fashion-MNIST, first 7,000, 660 updates with Adam at 0.001, batch 64, 16 dimensions",
 }
 MAGNET = {

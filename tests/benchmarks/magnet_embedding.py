@@ -6,9 +6,7 @@ check of the evidence must tell them from it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,41 +53,42 @@ VARIANTS: dict[str, tuple[type[MagnetBatchSampler], Callable[[Tensor, Tensor], T
 }
 
 
-def measure(name: str, seed: int, data_dir: str | Path | None = None) -> dict[str, Any]:
-    """Test accuracy of a variant's kNC, or with ``"softmax"`` of a softmax network."""
-    data = FashionMNISTData(data_dir or os.environ.get("DATAPARAMS_DATA"), train_size=TRAIN_SIZE, seed=seed)
+def measure(name: str, seed: int, steps: int = STEPS) -> dict[str, Any]:
+    """Test accuracy of a variant's kNC, or with ``"softmax"`` of a softmax network, after so many updates."""
+    data = FashionMNISTData(train_size=TRAIN_SIZE, seed=seed)
     data.setup("fit")
     images, labels = torch.stack([x for x, _ in data.train_set]), data.train_set.labels
     test_images, test_labels = torch.stack([x for x, _ in data.test_set]), data.test_set.labels
     torch.manual_seed(seed)
     if name == "softmax":
         network = SmallCNN(1, 10, image_size=28)
-        _train_softmax(network, images, labels, seed)
+        _train_softmax(network, images, labels, seed, steps)
         predicted = _embed(network, test_images).argmax(1)
     else:
         network = SmallCNN(1, EMBEDDING, image_size=28)
-        _train_magnet(network, images, labels, seed, *VARIANTS[name])
+        _train_magnet(network, images, labels, seed, steps, *VARIANTS[name])
         index = cluster_by_class(_embed(network, images), labels, CLUSTERS, seed)
         embedded = _embed(network, test_images)
         predicted = k_nearest_clusters(embedded, index.centers, index.classes, 10, index.variance).argmax(1)
     return {"variant": name, "seed": seed, "test_accuracy": float((predicted == test_labels).double().mean())}
 
 
-def _train_softmax(network: nn.Module, images: Tensor, labels: Tensor, seed: int) -> None:
+def _train_softmax(network: nn.Module, images: Tensor, labels: Tensor, seed: int, steps: int) -> None:
     optimizer = torch.optim.Adam(network.parameters(), lr=LR)
     order = torch.tensor([position for _ in range(10) for position in EpochSampler(len(labels), seed)])
-    for step in range(STEPS):
+    for step in range(steps):
         batch = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
         optimizer.zero_grad()
         F.cross_entropy(network(images[batch]), labels[batch]).backward()
         optimizer.step()
 
 
-def _train_magnet(network: nn.Module, images: Tensor, labels: Tensor, seed: int, sampler_class: Any, loss: Any) -> None:
+def _train_magnet(
+    network: nn.Module, images: Tensor, labels: Tensor, seed: int, steps: int, sampler_class: Any, loss: Any
+) -> None:
     optimizer = torch.optim.Adam(network.parameters(), lr=LR)
-    steps = STEPS // REFRESHES
     index = cluster_by_class(_embed(network, images), labels, CLUSTERS, seed)
-    sampler = sampler_class(index, CLUSTERS, PER_CLUSTER, num_batches=steps, seed=seed)
+    sampler = sampler_class(index, CLUSTERS, PER_CLUSTER, num_batches=steps // REFRESHES, seed=seed)
     for epoch in range(REFRESHES):
         if epoch:
             index = cluster_by_class(_embed(network, images), labels, CLUSTERS, seed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from dataparams.optim import RowScaleFree, RowSGD
 from dataparams.train import run
 
 sys.path.insert(0, str(Path(__file__).parent))
-from checks import digits_meta_labels, digits_meta_rates, digits_noise  # benchmarks are scripts, not a package
+from checks import digits_meta_labels, digits_meta_rates, digits_noise, magnet, self_paced  # scripts, not a package
+from magnet_embedding import measure
 
 SEED = 0
 META_EPOCHS = 15  # of the evidence's 25: enough to tell
@@ -136,3 +139,46 @@ def test_a_broken_method_with_a_meta_set_fails(plain_meta, tmp_path, monkeypatch
     failed = [check.name for check in META[method]([plain_meta], [results]) if not check.passed]
     print(method, breaking.__name__, failed)
     assert failed
+
+
+# -- selection ---------------------------------------------------------------------------------------------------------
+
+DATA = Path(os.environ.get("DATAPARAMS_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
+SHORT = ("data.train_size=2000", "trainer.max_epochs=24", "callbacks.selection.max_fraction=0.6")
+
+
+@pytest.fixture(scope="module")
+def fashion() -> Iterator[None]:
+    if not (DATA / "FashionMNIST").is_dir():
+        pytest.skip(f"no FashionMNIST in {DATA}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATAPARAMS_DATA", str(DATA))
+        yield
+
+
+@pytest.fixture(scope="module")
+def uniform(tmp_path_factory, fashion) -> dict[str, Any]:
+    return train(tmp_path_factory.mktemp("uniform"), "method=none", *SHORT[:2], experiment="self_paced")
+
+
+@pytest.mark.parametrize("method", ["self_paced", "spl"])
+def test_selection_passes_every_check(uniform, tmp_path, method):
+    results = train(tmp_path, f"method={method}", *SHORT, experiment="self_paced")
+    assert [check for check in self_paced([uniform], [results]) if not check.passed] == []
+
+
+def test_selection_that_ignores_the_loss_fails(uniform, tmp_path):
+    results = train(tmp_path, "method=random_subset", *SHORT, experiment="self_paced")
+    failed = [check.name for check in self_paced([uniform], [results]) if not check.passed]
+    assert len(failed) == 2
+
+
+@lru_cache
+def embedded(variant: str) -> dict[str, Any]:
+    return measure(variant, SEED, steps=330)
+
+
+@pytest.mark.parametrize(("variant", "works"), [("magnet", True), ("random_impostors", False), ("sigma_4", False)])
+def test_a_broken_magnet_loss_fails(fashion, variant, works):
+    passed = all(check.passed for check in magnet([embedded("softmax")], [embedded(variant)]))
+    assert passed == works
