@@ -40,8 +40,8 @@ class Criterion:
     """What the objective needs to know of the user's loss.
 
     Attributes:
-        kind: one of the values of ``FUNCTION_KINDS``; ``"custom"`` for a loss of the user's over logits; ``"given"``
-            for losses computed outside, whose target says which of them count.
+        kind: one of the values of ``FUNCTION_KINDS``; ``"custom"`` for a loss of the user's over logits, ``"other"``
+            for one that is not; ``"given"`` for losses computed outside, whose target says which of them count.
         name: as the user would write it, for messages.
         elementwise: ``(input, target) -> losses`` without reduction, options (class weights, ...) as the user's.
         reduction: ``"mean" | "sum" | "none"``.
@@ -59,14 +59,15 @@ class Criterion:
     task: str = ""
 
     @classmethod
-    def of_module(cls, module: nn.Module, name: str, task: str = "") -> Criterion:
+    def of_module(cls, module: nn.Module, name: str, task: str = "", not_logits: bool = False) -> Criterion:
         """Describe a loss module.
 
         Raises:
             ValueError: the module has no ``reduction`` of ``"mean" | "sum" | "none"``.
         """
         inner = getattr(module, "_orig_mod", module)  # torch.compile wraps a module
-        kind = next((kind for base, kind in MODULE_KINDS.items() if isinstance(inner, base)), "custom")
+        custom = "other" if not_logits else "custom"
+        kind = next((kind for base, kind in MODULE_KINDS.items() if isinstance(inner, base)), custom)
         kind = "given" if isinstance(inner, TaskLoss) else kind
         reduction = getattr(inner, "reduction", None)
         if reduction not in REDUCTIONS:

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dataparams.criterion import REGRESSION_KINDS, SOFTMAX_KINDS, Criterion
@@ -126,7 +127,7 @@ class LossCall:
         """What the criterion's mean over class indices divides by."""
         counted = self.given != self.criterion.ignore_index
         if self.criterion.weight is None or self.target.is_floating_point():  # torch counts soft labels, unweighted
-            return counted.sum()
+            return counted.sum().clamp(min=1 if self.criterion.task else 0)
         weights = self.criterion.weight[self.given.where(counted, torch.zeros_like(self.given))]
         return (weights * counted).sum()
 
@@ -147,6 +148,8 @@ class LossCall:
 
     def finish(self, output: Tensor) -> Tensor:
         """The value that the user's code receives in place of the criterion's ``output``."""
+        if self.criterion.task and self.counts_classes and self.criterion.reduction == "mean":
+            output = torch.where(self.valid.any(), output, torch.zeros_like(output))  # no label at all: 0 / 0
         if self.weight is not None:
             output = self._weighed(output)
         elif self.losses is not None:
@@ -196,8 +199,15 @@ class LossCall:
         if kind in SOFTMAX_KINDS and not self.target.is_floating_point():
             counted = self.target != self.criterion.ignore_index
         with torch.no_grad():
-            losses = self.criterion.elementwise(self.input, self.target)
+            losses = self._plain_losses()
             return observe.regression(losses, counted if counted is None or counted.shape == losses.shape else None)
+
+    def _plain_losses(self) -> Tensor:
+        """Of each element, without class weights and label smoothing."""
+        plain = {"cross_entropy": F.cross_entropy, "nll": F.nll_loss}.get(self.criterion.kind)
+        if plain is None or self.target.is_floating_point():
+            return self.criterion.elementwise(self.input, self.target)
+        return plain(self.input, self.target, ignore_index=self.criterion.ignore_index, reduction="none")
 
     @property
     def _softmax_like(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent / "callbacks"))
-from test_task_weights import TASKS, TwoTasks, data
+from test_task_weights import TASKS, TwoTasks, data  # type: ignore[import-not-found]
 
 from dataparams import InstanceTaskWeights
 from dataparams.callbacks import TaskWeighting

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dataparams.callbacks.base import MethodCallback
-from dataparams.callbacks.tasks import MultiTask, instance_means, instance_share, missing_factor
+from dataparams.callbacks.tasks import MultiTask, instance_means, log_share, missing_factor
 from dataparams.functional.task_weights import COEFFICIENT
 from dataparams.functional.temperature import broadcast_rows, scale_log_probs, scale_logits
 from dataparams.objective import LossCall, Stage
@@ -181,7 +181,8 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore those too."""
         super().load_state_dict(state_dict)
-        self.scales = dict(state_dict.get("scales", {}))
+        if state_dict:
+            self.scales = dict(state_dict["scales"])
 
 
 class _TaskWeights:
@@ -207,7 +208,7 @@ class _TaskWeights:
         if form == "temperature":
             return
         log_sigma = self._rows(call)
-        share = instance_share(call) if call.criterion.reduction == "mean" else call.valid.float()
+        share = log_share(call)
         weight = (-COEFFICIENT[form] * log_sigma).exp() * missing_factor(call)
         if self.method.scale is None or form == "likelihood":
             call.weigh(weight)

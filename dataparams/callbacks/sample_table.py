@@ -117,6 +117,10 @@ class SampleTable:
         worst = frame.sort_values(["score", "mean_loss"], ascending=False, na_position="last", kind="stable")
         return worst.head(len(frame) if k is None else k)
 
+    def was_seen(self, score: str, frame: pd.DataFrame) -> np.ndarray:
+        """The samples about which a score says something, bool ``(N,)``: those visited."""
+        return (frame["visits"] > 0).to_numpy(copy=True)
+
     def auroc(self, is_corrupt: Any) -> dict[str, float]:
         """How well each score finds the wrong labels, where the truth is known.
 
@@ -133,9 +137,9 @@ class SampleTable:
         truth = torch.as_tensor(np.asarray(is_corrupt)).bool()
         if truth.shape != (len(frame),):
             raise ValueError(f"is_corrupt has shape {tuple(truth.shape)}, but there are {len(frame)} samples")
-        seen = torch.from_numpy((frame["visits"] > 0).to_numpy(copy=True))
         result = {}
         for name, score in self.scores(frame).items():
+            seen = torch.from_numpy(self.was_seen(name, frame) & ~np.isnan(np.asarray(score, dtype=np.float64)))
             # ranks: binary_auroc squashes values outside [0, 1] through a sigmoid, which ties the extremes
             ranks = torch.from_numpy(pd.Series(score).rank(pct=True).to_numpy(copy=True))
             mixed = bool(truth[seen].any()) and not bool(truth[seen].all())

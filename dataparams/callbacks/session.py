@@ -199,18 +199,21 @@ class Session:
         for member in self.members:
             if isinstance(member, MultiTask) and member.find_tasks(module) != found:
                 raise ValueError("the callbacks of one trainer that weigh tasks must name the same tasks")
-        self.tasks = list(found)
         single = [member for member in self.members if not isinstance(member, MultiTask) and member.stages()]
         main = main_task(module, found, self._agreed(self.members, "criterion"), [type(m).__name__ for m in single])
-        criteria = {task: self._hook(child, name_in(module, child), task) for task, child in found.items()}
+        criteria = {
+            task: self._hook(child, name_in(module, child), task, finder.kinds.get(task))
+            for task, child in found.items()
+        }
         self.objective.main_task, self.objective.criterion = main, criteria[main]
         self._criterion_name, self._criterion = criteria[main].name, found[main]
         for member in self.members:
             if isinstance(member, MultiTask):
                 member.take_tasks(criteria, found)
+        self.tasks = list(finder.forms)
 
-    def _hook(self, child: nn.Module, name: str, task: str = "") -> Criterion:
-        criterion = Criterion.of_module(child, name, task)
+    def _hook(self, child: nn.Module, name: str, task: str = "", kind: str | None = None) -> Criterion:
+        criterion = Criterion.of_module(child, name, task, kind in ("l1", "l2", "other"))
         before, after = make_hooks(self, criterion)
         self._handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(child.register_forward_hook(after, with_kwargs=True))
@@ -331,9 +334,14 @@ class Session:
 
     def _record(self, call: LossCall, seen: Observation) -> None:
         task = call.criterion.task
+        if any(seen is other for other in self._repeated):
+            return
+        for member in self.members:
+            if isinstance(member, MultiTask):
+                member.called.add(task)
         if self.tasks:  # a number a sample and task
             self._seen_of_tasks.append((call.index * len(self.tasks) + self.tasks.index(task), seen))
-        if task == self.objective.main_task and not any(seen is other for other in self._repeated):
+        if task == self.objective.main_task:
             self._seen.append((call.index, seen))
 
     def _inspect(self, call: LossCall, seen: Observation) -> None:

@@ -25,14 +25,16 @@ from torch import Tensor, nn
 
 from dataparams.callbacks.base import MethodCallback
 from dataparams.callbacks.logging import log_metrics
-from dataparams.callbacks.tasks import MultiTask, instance_share, missing_factor
+from dataparams.callbacks.tasks import MultiTask, log_share, missing_factor
 from dataparams.functional.task_weights import COEFFICIENT, dynamic_weight_average, gradnorm_update
+from dataparams.functional.temperature import broadcast_rows
 from dataparams.objective import LossCall, Stage
 from dataparams.optim import RowSGD
 from dataparams.randomness import mixed
 from dataparams.tables import ParameterTable
 
 WEIGHTINGS = ("equal", "uncertainty", "dwa", "gradnorm", "random")
+CLASSIFYING = ("temperature", "likelihood")
 DRAWN = 12  # a use of the seed
 
 
@@ -86,13 +88,14 @@ class TaskWeighting(MultiTask, MethodCallback):
         self.shared = shared
         self.seed = seed
         self.weights = torch.zeros(0)
-        self.step = 0
         # sums and counts of plain losses, by task: of this epoch, and means of the two before it
         self.epoch_sums = torch.zeros((0, 2))
         self.epoch_means: list[Tensor] = []
         self.first: Tensor | None = None  # GradNorm's losses of the first step
         self.losses: dict[str, Tensor] = {}  # of the step, with their graphs
         self._shared: nn.Parameter | None = None
+        self._normed_at = -1  # the step at which GradNorm looked last
+        self._coming: Tensor | None = None  # weights from the next step on
 
     # -- tables ----------------------------------------------------------------------------------------------------
 
@@ -130,6 +133,7 @@ class TaskWeighting(MultiTask, MethodCallback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """GradNorm needs the graph after the training step."""
         super().on_fit_start(trainer, pl_module)
+        self._shared, self._normed_at = None, -1
         if self.weighting == "gradnorm" and not pl_module.automatic_optimization:
             raise ValueError(
                 "weighting='gradnorm' looks at the tasks' gradients between training_step and the backward pass, which "
@@ -140,16 +144,16 @@ class TaskWeighting(MultiTask, MethodCallback):
         """Draw random weights, the same on every process."""
         self.losses.clear()
         if self.weighting == "random":
-            generator = torch.Generator().manual_seed(mixed(self.seed, DRAWN, self.step))
+            generator = torch.Generator().manual_seed(mixed(self.seed, DRAWN, trainer.global_step))
             drawn = torch.randn(len(self.forms), generator=generator).softmax(0) * len(self.forms)
             self.weights = drawn.to(trainer.strategy.root_device, non_blocking=True)
-        self.step += 1
 
     def end_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """GradNorm's weights of the next step."""
         losses, self.losses = self.losses, {}
-        if self.weighting != "gradnorm" or len(losses) < len(self.forms):
-            return
+        if self.weighting != "gradnorm" or len(losses) < len(self.forms) or self._normed_at == trainer.global_step:
+            return  # of several batches a step the first counts, so that the weights stay until the step
+        self._normed_at = trainer.global_step
         if self._shared is None:
             self._shared = self._find_shared(module, list(losses.values()))
         norms = [torch.autograd.grad(loss, self._shared, retain_graph=True)[0].norm() for loss in losses.values()]
@@ -157,9 +161,8 @@ class TaskWeighting(MultiTask, MethodCallback):
         if trainer.world_size > 1:
             dist.all_reduce(seen)
             seen = seen / trainer.world_size
-        if self.first is None:
-            self.first = seen[1]
-        self.weights = gradnorm_update(self.weights, seen[0], seen[1], self.first, self.alpha, self.lr)
+        self.first = seen[1] if self.first is None else torch.where(self.first > 0, self.first, seen[1])
+        self._coming = gradnorm_update(self.weights, seen[0], seen[1], self.first, self.alpha, self.lr)
 
     def _find_shared(self, module: L.LightningModule, losses: Sequence[Tensor]) -> nn.Parameter:
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -171,12 +174,23 @@ class TaskWeighting(MultiTask, MethodCallback):
             return candidates[-1]
         parameters = [p for p in named.values() if p.dim() > 1]
         found = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
-        common = [p for p, *grads in zip(parameters, *found, strict=True) if all(g is not None for g in grads)]
+        by_parameter = list(zip(parameters, *found, strict=True))
+        reached = [p for p, *grads in by_parameter if all(g is not None for g in grads)]
+        # compiled graphs give zeros for what they do not use; so does a task without a label in the batch
+        common = [p for p, *grads in by_parameter if all(g is not None and bool(g.any()) for g in grads)] or reached
         if not common:
             raise ValueError(
                 "no layer is shared by all tasks; name the one that GradNorm is to look at with shared=..."
             )
         return common[-1]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """GradNorm's weights change when the optimizer has stepped, not within an accumulated step."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._coming is not None and trainer.global_step != self._normed_at:
+            self.weights, self._coming = self._coming, None
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The dynamic weight average of the next epoch; log the weights."""
@@ -190,7 +204,7 @@ class TaskWeighting(MultiTask, MethodCallback):
             before, last = self.epoch_means
             self.weights = dynamic_weight_average(last, before, self.temperature)
         if self.weighting == "uncertainty":
-            coefficients = [COEFFICIENT.get(form, 2.0) for form in self.forms.values()]
+            coefficients = [2.0 if form in CLASSIFYING else COEFFICIENT[form] for form in self.forms.values()]
             values = self.tables["log_sigma"].values
             self.weights = (-values.new_tensor(coefficients) * values).exp()
         log_metrics(trainer, {f"{self.log_name}/{task}": self.weights[t] for t, task in enumerate(self.forms)})
@@ -204,7 +218,7 @@ class TaskWeighting(MultiTask, MethodCallback):
         """The shared state, the weights and what they follow from."""
         state = super().state_dict()
         own = {
-            "weights": self.weights, "step": self.step, "epoch_sums": self.epoch_sums,
+            "weights": self.weights, "epoch_sums": self.epoch_sums,
             "epoch_means": list(self.epoch_means), "first": self.first,
         }  # fmt: skip
         return state | {"weighting": own} if state else state
@@ -214,7 +228,7 @@ class TaskWeighting(MultiTask, MethodCallback):
         super().load_state_dict(state_dict)
         if not (own := state_dict.get("weighting")):
             return
-        self.weights, self.step, self.first = own["weights"].clone(), own["step"], own["first"]
+        self.weights, self.first = own["weights"].clone(), own["first"]
         self.epoch_sums, self.epoch_means = own["epoch_sums"].clone(), list(own["epoch_means"])
 
 
@@ -235,14 +249,14 @@ class _Weight:
         factor = missing_factor(call)
         if method.weighting == "gradnorm":
             losses = call.elementwise()
-            method.losses[task] = losses.mean() if losses.dim() else losses
+            method.losses[task] = call.reduce(losses * broadcast_rows(factor, losses)).sum()
         if method.weighting == "uncertainty":
             index = torch.full((1,), place, device=call.input.device)
             log_sigma = method.tables["log_sigma"].rows(index, device=call.input.device)
-            share = instance_share(call) if call.criterion.reduction == "mean" else call.valid.float()
+            share = log_share(call)
             # Classification by the loss over sigma^2 plus log sigma, as in the paper; it starts neutral as the others.
-            coefficient = COEFFICIENT.get(form, 2.0)
+            coefficient = 2.0 if form in CLASSIFYING else COEFFICIENT[form]
             call.weigh((-coefficient * log_sigma).exp() * factor)
-            call.log_terms.append((1.0 if form in ("temperature", "likelihood") else coefficient) * log_sigma * share)
+            call.log_terms.append((1.0 if form in CLASSIFYING else coefficient) * log_sigma * share)
         elif method.weighting != "equal" or call.counted is not None:
             call.weigh(method.weights[place] * factor)

@@ -80,6 +80,7 @@ class MultiTask(SampleTable):
             if kind not in KINDS:
                 raise ValueError(f"kinds[{task!r}] must be one of {', '.join(KINDS)}, got {kind!r}")
         self.forms: dict[str, str] = {}
+        self.called: set[str] = set()  # tasks whose loss was computed
         self.task_sums = torch.zeros((0, 2))  # sum of plain losses and number of visits, by sample and task
 
     # -- which tasks -----------------------------------------------------------------------------------------------
@@ -107,7 +108,12 @@ class MultiTask(SampleTable):
         if len(given) == 1:
             return dict(given[0].tasks.items())
         if len(given) > 1:
-            raise ValueError(f"{type(module).__name__} has several TaskLosses; name one: tasks={{...: its tasks}}")
+            first = next(name for name, child in module.named_modules() if isinstance(child, TaskLosses))
+            task = next(iter(given[0].tasks))
+            raise ValueError(
+                f"{type(module).__name__} has several TaskLosses; name their tasks one by one: "
+                f"tasks={{{task!r}: '{first}.tasks.{task}', ...}}"
+            )
         losses = {n: child for n, child in module.named_modules() if isinstance(child, tuple(MODULE_KINDS))}
         if not losses:
             raise ValueError(
@@ -115,7 +121,7 @@ class MultiTask(SampleTable):
                 "self.losses = dataparams.nn.TaskLosses({'pose': 'l1', ...}) and call it with a dictionary of losses "
                 "(B,); a loss of your own is named with tasks={'pose': 'pose_loss'}"
             )
-        return losses
+        return {name.removesuffix("._orig_mod"): child for name, child in losses.items()}  # compiled
 
     def take_tasks(self, criteria: Mapping[str, Criterion], children: Mapping[str, nn.Module]) -> None:
         """Know the tasks, before the tables are made.
@@ -129,7 +135,7 @@ class MultiTask(SampleTable):
                 f"{type(self).__name__} holds what was learned for the tasks {self.forms}, from a checkpoint or an "
                 f"earlier fit, but the module has {forms}: start anew with a new callback and without the checkpoint"
             )
-        self.forms = forms
+        self.forms = self.forms or forms  # the stored order, to which the rows belong
         self._name_detectors()
 
     @property
@@ -143,6 +149,8 @@ class MultiTask(SampleTable):
 
     def _form(self, task: str, criterion: Criterion, child: nn.Module) -> str:
         if isinstance(child, TaskLoss):  # there are no logits to scale
+            if task in self.kinds and self.kinds[task] != child.kind:
+                raise ValueError(f"kinds[{task!r}] is {self.kinds[task]!r}, but its TaskLosses says {child.kind!r}")
             return {"l2": "square", "classification": "likelihood"}.get(child.kind, "absolute")
         kind = self.kinds.get(task, criterion.kind)
         if kind not in FORMS:
@@ -204,7 +212,30 @@ class MultiTask(SampleTable):
             return super().suspects(k, by or "mean_loss")
         if task not in self.forms:
             raise ValueError(f"task={task!r} is not one of {', '.join(self.forms)}")
-        return super().suspects(k, by or next(name for name in self.detectors if name.endswith(f"_{task}")))
+        return super().suspects(k, by or next(n for n in self.detectors if n.split("_", 2)[-1] == task))
+
+    def was_seen(self, score: str, frame: pd.DataFrame) -> np.ndarray:
+        """A task's own scores are missing where it has no label, whatever the main task's visits."""
+        return np.ones(len(frame), dtype=bool) if score not in SampleTable.detectors else super().was_seen(score, frame)
+
+    def loss(self, *arguments: Any, **options: Any) -> Tensor:
+        """Not here: a loss by itself does not say whose it is.
+
+        Raises:
+            ValueError: always, with the way to go.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has several tasks ({', '.join(self.forms)}), and loss() does not say of which one: "
+            "hand the losses over with dataparams.nn.TaskLosses, one number a sample, NaN where there is none"
+        )
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Warn of a task whose loss nobody computes."""
+        super().on_train_epoch_end(trainer, pl_module)  # type: ignore[misc]
+        for task in self.forms:
+            if task not in self.called:
+                message = f"the loss of task {task!r} was never computed, so that nothing is learned of it"
+                self._warn_once(f"never {task}", message)  # type: ignore[attr-defined]
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -242,13 +273,25 @@ def main_task(module: Any, tasks: Mapping[str, nn.Module], criterion: Any, singl
     Raises:
         ValueError: it is the loss of no task; or nobody says on which of several a callback is to act.
     """
-    if criterion is None:
-        if single and len(tasks) > 1:
+    if criterion is not None:
+        main = _named_task(module, tasks, criterion)
+        if single and isinstance(tasks[main], TaskLoss):
             raise ValueError(
-                f"{' and '.join(single)} acts on one loss, and there are those of the tasks {', '.join(tasks)}: name "
-                'one with criterion="..."'
+                f"{' and '.join(single)} acts on logits or on a loss of torch's, but the losses of task {main!r} are "
+                "handed over with TaskLosses: give the task a loss module of its own, as criterion"
             )
-        return next(iter(tasks))
+        return main
+    if single and len(tasks) > 1:
+        raise ValueError(
+            f"{' and '.join(single)} acts on one loss, and there are those of the tasks {', '.join(tasks)}: name "
+            'one with criterion="..."'
+        )
+    return next(iter(tasks))
+
+
+def _named_task(module: Any, tasks: Mapping[str, nn.Module], criterion: Any) -> str:
+    if isinstance(criterion, str) and criterion in tasks:
+        return criterion
     wanted, _ = find_criterion(module, criterion)
     named = [task for task, child in tasks.items() if child is wanted]
     if not named:
@@ -287,6 +330,15 @@ def missing_factor(call: LossCall) -> Tensor:
         return torch.ones_like(call.valid, dtype=torch.float32)
     counted = call.counted.flatten(1) if call.counted.dim() > 1 else call.counted[:, None]
     return counted.shape[1] / counted.sum(1).clamp(min=1) * instance_share(call)
+
+
+def log_share(call: LossCall) -> Tensor:
+    """What each instance's log sigma is multiplied by, so that it counts as often as its losses do, ``(B,)``."""
+    if call.criterion.reduction == "mean":
+        return instance_share(call)
+    if call.criterion.reduction == "none" or call.counted is None:
+        return call.valid.float()
+    return call.counted.reshape(len(call.valid), -1).float().mean(1)  # a sum has a log sigma an element
 
 
 def instance_share(call: LossCall) -> Tensor:

@@ -64,6 +64,9 @@ class TaskLosses(nn.Module):
         super().__init__()
         if not kinds:
             raise ValueError("no task: give a dictionary from each task's name to its kind")
+        for name in kinds:
+            if "." in name or hasattr(nn.ModuleDict, name):
+                raise ValueError(f"a task cannot be called {name!r}: torch needs the name for itself; choose another")
         self.tasks = nn.ModuleDict({name: TaskLoss(kind) for name, kind in kinds.items()})
 
     def forward(self, losses: Mapping[str, Tensor]) -> Tensor:

@@ -98,6 +98,7 @@ def test_one_step_of_each_row_is_the_gradient_of_its_own_loss():
 
     sigma = torch.ones(SAMPLES, dtype=torch.float64, requires_grad=True)
     F.cross_entropy(logits / sigma[:, None], label, reduction="sum").backward()
+    assert sigma.grad is not None
     torch.testing.assert_close(rows(callback, "label"), (-0.1 * sigma.grad).clamp(-0.5, 3), rtol=1e-5, atol=1e-7)
     square = (predicted - value).square().mean(1)
     expected = (-0.1 * (2 - 2 * square)).clamp(*callback.settings["regression"][1])

@@ -53,6 +53,9 @@ def test_digits_are_normalised():
 
 def test_long_tail_falls_geometrically_from_class_to_class():
     module, whole = (ready(DigitsData(seed=2, imbalance=imbalance)) for imbalance in (16.0, 1.0))
+    assert module.true_labels is not None
+    assert module.ids is not None
+    assert whole.ids is not None
     kept = np.bincount(module.true_labels)
     assert kept.tolist() == pytest.approx([kept[0] * 16 ** (-k / 9) for k in range(10)], abs=1)
     assert set(module.ids) < set(whole.ids)
@@ -75,6 +78,7 @@ def test_long_tail_takes_as_many_as_there_are(counts):
 
 def test_long_tail_has_noise_at_the_rate_asked_for():
     module = digits(imbalance=4.0, seed=1)
+    assert module.is_corrupt is not None
     assert module.is_corrupt.mean() == pytest.approx(0.4, abs=0.05)
     assert module.describe()["imbalance"] == 4.0
 
