@@ -69,7 +69,9 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
 
     A regression's target that is NaN is a missing label, or pixel; so are ``ignore_index`` of a classification and a
     loss of NaN in :class:`dataparams.nn.TaskLosses`. A sample without a label for a task has no part in its loss, and
-    its row stays as it is.
+    its row stays as it is. Under DDP every
+    process must compute a regression's loss in the step in which one first does, for its scale is gathered there; a
+    batch without a label for it is no obstacle.
 
     Raises:
         ValueError: an argument out of range.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dataparams.callbacks.hooks import find_criterion
 from dataparams.callbacks.sample_table import SampleTable
-from dataparams.criterion import MODULE_KINDS, REDUCTIONS, Criterion
+from dataparams.criterion import MODULE_KINDS, Criterion
 from dataparams.nn.task_losses import TaskLoss, TaskLosses
 from dataparams.objective import LossCall, Stage, stage_name
 
@@ -306,10 +306,10 @@ def _loss(module: nn.Module, task: str, where: str | nn.Module) -> nn.Module:
         except AttributeError:
             name = type(module).__name__
             raise ValueError(f"tasks[{task!r}]: {name} has no attribute {where!r} that holds its loss") from None
-    if not isinstance(where, nn.Module) or getattr(where, "reduction", None) not in REDUCTIONS:
+    if not isinstance(where, nn.Module):
         raise ValueError(
-            f"tasks[{task!r}] is {type(where).__name__}, not a loss module with a reduction of 'mean', 'sum' or "
-            "'none'; losses computed by functions are handed over with dataparams.nn.TaskLosses"
+            f"tasks[{task!r}] is {type(where).__name__}, not a loss module; losses computed by functions are handed over "
+            "with dataparams.nn.TaskLosses"
         )
     return where
 

@@ -290,7 +290,7 @@ class Odd(nn.Module):
     ("callback", "model", "message"),
     [
         (lambda: InstanceTaskWeights(["label_loss", "depth_loss"]), TwoTasks, "no attribute 'depth_loss'"),
-        (lambda: InstanceTaskWeights(["trunk"]), TwoTasks, "Sequential, not a loss module"),
+        (lambda: InstanceTaskWeights(["trunk"]), TwoTasks, r"self.trunk .Sequential. has reduction=None"),
         (lambda: InstanceTaskWeights(["label_loss", "other"]), Shared, "share one loss module"),
         (lambda: InstanceTaskWeights(TASKS), lambda: TwoTasks(regression=Odd()), "say how it is to be read with kinds"),
         (lambda: InstanceTaskWeights(TASKS, kinds={"depth": "l1"}), TwoTasks, "kinds names .'depth'."),

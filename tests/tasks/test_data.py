@@ -150,6 +150,7 @@ def test_describe_is_flat_and_true():
         "noise_rate": 0.4,
         "wrong_labels": pytest.approx(467 / 1167),
         "val_wrong_labels": pytest.approx(0.4),
+        "imbalance": 1.0,
     }
 
 
