@@ -308,8 +308,8 @@ def _loss(module: nn.Module, task: str, where: str | nn.Module) -> nn.Module:
             raise ValueError(f"tasks[{task!r}]: {name} has no attribute {where!r} that holds its loss") from None
     if not isinstance(where, nn.Module):
         raise ValueError(
-            f"tasks[{task!r}] is {type(where).__name__}, not a loss module; losses computed by functions are handed over "
-            "with dataparams.nn.TaskLosses"
+            f"tasks[{task!r}] is {type(where).__name__}, not a loss module; losses computed by functions are handed "
+            "over with dataparams.nn.TaskLosses"
         )
     return where
 
