@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from every_method_helpers import INERT, QUIET, SAMPLES, Numbered, fit, make_loader
+from every_method_helpers import INERT, QUIET, SAMPLES, Numbered, WithIds, fit, make_loader
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from self_paced_helpers import Watching, true_losses
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 
 from dataparams.callbacks.self_paced import SelfPacedSelection
 
@@ -100,3 +100,10 @@ def test_output_that_is_not_logits_is_refused_with_the_way_out():
 
     with pytest.raises((ValueError, TypeError), match="logits="):
         fit(SelfPacedSelection(), model=Pair(), max_epochs=2)
+
+
+def test_batches_of_a_batch_sampler_with_ids_are_whole():
+    batches = BatchSampler(SequentialSampler(range(SAMPLES)), 5, drop_last=False)
+    callback = SelfPacedSelection(index_key=2)
+    fit(callback, DataLoader(WithIds(), batch_sampler=batches), max_epochs=2)
+    assert 12 <= callback.to_frame()["first_round"].notna().sum() < SAMPLES
