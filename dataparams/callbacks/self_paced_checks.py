@@ -39,9 +39,7 @@ def check_batch(size: int, loader: DataLoader, is_last: bool) -> None:
     Raises:
         ValueError: it did not.
     """
-    wanted = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)  # None: samples one by one
-    if wanted is None:
-        return
+    wanted = loader.batch_sampler.batch_size  # type: ignore[union-attr]  # a BatchSampler: others are refused before
     if size > wanted or (size < wanted and not is_last):
         raise ValueError(incomplete(loader, size, wanted))
 
