@@ -37,6 +37,7 @@ from dataparams.report.rows import write_rows
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 CHECKPOINTS = ("best", "last", "best_ema", "interrupted")
+OBJECTIVES = ("val_average_accuracy", "val_score_best", "val_accuracy_best")
 # Advice and notes of Lightning that a user of this command line can do nothing about.
 QUIET = (
     ".*does not have many workers.*",
@@ -76,7 +77,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Train, evaluate and write one run into ``cfg.run_dir``; returns what ``results.json`` holds.
 
     The best epoch is the first with the highest accuracy on the (noisy) validation labels, or whatever else the module
-    names as its ``monitor``; test labels choose nothing.
+    names as its ``monitor``; where that is None, as with tasks one after another, none is chosen. Test labels choose
+    nothing.
 
     Args:
         cfg: the composed configuration (``conf/config.yaml``).
@@ -110,7 +112,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError(f"ema={cfg.ema}: averaged weights are scored by one accuracy, this run by {monitor}: ema=null")
     trainer = _make_trainer(cfg, run_dir, [interrupt, *(make() for make in makers.values())], monitor)
     last = run_dir / "checkpoints" / "last.ckpt"
-    with _saving_when_interrupted(interrupt, run_dir, makers, datamodule):
+    with _saving_when_interrupted(interrupt, run_dir, makers, module, datamodule):
         trainer.fit(module, datamodule=datamodule, ckpt_path=last if cfg.resume and last.exists() else None)
 
     if trainer.is_global_zero:
@@ -118,13 +120,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         datamodule.setup("fit")
         datamodule.setup("test")
         methods = methods_at(makers, checkpoints["last"])
-        rows = rows_of_run(methods_at(makers, checkpoints["best"]), methods, datamodule)
+        rows = rows_of_run(methods_at(makers, checkpoints.get("best", checkpoints["last"])), methods, datamodule)
         write_rows(rows, run_dir / "rows.parquet")
-        write_matrices(methods, datamodule, run_dir)
         identity = {name: cfg[name] for name in ("experiment", "method", "seed")}
         identity["max_epochs"] = trainer.max_epochs
         device = trainer.strategy.root_device
         results = identity | collect_results(checkpoints, rows, methods, module, datamodule, device)
+        write_matrices([*methods, module], datamodule, run_dir)
         _write_metrics(run_dir)
         write_json(results, results_path)  # last of the tables: where it exists, the run is complete
         (run_dir / "checkpoints" / "interrupted.ckpt").unlink(missing_ok=True)
@@ -134,7 +136,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return {}
 
 
-def _make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], monitor: str) -> L.Trainer:
+def _make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], monitor: str | None) -> L.Trainer:
     folder = run_dir / "checkpoints"
     methods = [callback for callback in callbacks if isinstance(callback, MethodCallback)]
     keep = partial(ModelCheckpoint, folder, save_on_train_epoch_end=True, enable_version_counter=False)
@@ -142,7 +144,7 @@ def _make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], m
         *callbacks,
         DetectionMonitor(methods),
         StepTimer(),
-        keep(filename="best", monitor=monitor, mode="max"),
+        *([keep(filename="best", monitor=monitor, mode="max")] if monitor else []),
         keep(filename="last"),
     ]
     if cfg.ema:
@@ -167,7 +169,7 @@ def _make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], m
 
 @contextmanager
 def _saving_when_interrupted(
-    interrupt: SaveOnInterrupt, run_dir: Path, makers: dict[str, Any], datamodule: Any
+    interrupt: SaveOnInterrupt, run_dir: Path, makers: dict[str, Any], module: L.LightningModule, datamodule: Any
 ) -> Iterator[None]:
     """Where Ctrl-C or SIGTERM ends the fit, write what was learned before the program ends."""
     try:
@@ -180,7 +182,8 @@ def _saving_when_interrupted(
         if now := checkpoints.get("interrupted"):
             best, methods = methods_at(makers, checkpoints.get("best", now)), methods_at(makers, now)
             write_rows(rows_of_run(best, methods, datamodule), run_dir / "rows.parquet")
-            write_matrices(methods, datamodule, run_dir)
+            module.on_load_checkpoint(now)
+            write_matrices([*methods, module], datamodule, run_dir)
             _write_metrics(run_dir)
         print(
             f"\ninterrupted; what was learned so far is in {run_dir}\n"
@@ -228,7 +231,8 @@ def _remove_outputs(run_dir: Path) -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://dataparams.conf", config_name="config")
 def job(cfg: DictConfig) -> float | None:
-    """One Hydra job; returns the best noisy-validation accuracy (of several tasks: score), for sweepers that search."""
+    """One Hydra job; returns the best noisy-validation accuracy (of several tasks: score; of tasks one after another:
+    the average accuracy at the end), for sweepers that search."""
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning").setLevel(logging.WARNING)
@@ -240,7 +244,7 @@ def job(cfg: DictConfig) -> float | None:
     if not results:
         return None
     print(headline(results), f"run: {Path(cfg.run_dir).resolve()}", sep="\n", flush=True)
-    return results["val_score_best" if "val_score_best" in results else "val_accuracy_best"]
+    return next(results[key] for key in OBJECTIVES if key in results)
 
 
 def list_choices() -> str:
@@ -274,7 +278,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
             "The table of a sweep: mean, deviation, paired difference to a baseline. Writes summary.csv."
         )
         parser.add_argument("folder", type=Path, metavar="SWEEP")
-        parser.add_argument("--baseline", help="the method subtracted (default: none, or where it is absent equal)")
+        parser.add_argument(
+            "--baseline", help="the method subtracted (default: none, where it is absent equal or finetune)"
+        )
     return parser
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from dataparams.callbacks.sample_table import SampleTable
 from dataparams.report.files import replacing
 from dataparams.report.tasks import own_task, scored_tasks
 
-BASELINES = ("none", "equal")
+BASELINES = ("none", "equal", "finetune")
 # Settings that tell the methods of a sweep apart, follow from the seed or change no number; two runs that differ in
 # nothing else are a pair.
-PAIRED_APART = ("callbacks", "method", "run_dir", "seed", "tuned", "resume", "plots", "progress_bar")
+PAIRED_APART = (
+    "callbacks", "method", "model.dhp", "model.head", "run_dir", "seed", "tuned", "resume", "plots", "progress_bar"
+)  # fmt: skip
 KEYS = ["experiment", "setting", "method"]
 
 Column = tuple[str, str, float, int]
@@ -29,9 +31,15 @@ ACCURACIES = [
     ("test_accuracy_last", "test % last", 100.0, 1),
     ("test_accuracy_ema_best", "test % best, averaged", 100.0, 1),
     ("test_accuracy_ema_last", "test % last, averaged", 100.0, 1),
+    ("average_accuracy", "average accuracy %", 100.0, 1),
+    ("forgetting", "forgetting, points", 100.0, 1),
+    ("forward_transfer", "forward transfer", 100.0, 1),
+    ("learning_accuracy", "right after a task %", 100.0, 1),
 ]
 COSTS = [("step_time_ms", "ms a step", 1.0, 2)]
-PAIRED_SHOWN = ("accuracy_best", "accuracy_last", "error_best", "error_last")  # how a key ends that shows differences
+PAIRED_SHOWN = (  # how a key ends that shows differences
+    "accuracy_best", "accuracy_last", "error_best", "error_last", "average_accuracy", "forgetting", "learning_accuracy"
+)  # fmt: skip
 
 
 def read_sweep(sweep_dir: Path | str) -> pd.DataFrame:
@@ -53,11 +61,13 @@ def read_sweep(sweep_dir: Path | str) -> pd.DataFrame:
         raise FileNotFoundError(f"no results.json below {sweep_dir}: no run there has finished")
     frame = pd.DataFrame(runs)
     settings: Any = pd.DataFrame(configs, index=frame.index).map(lambda value: json.dumps(value, default=str))
-    settings = settings[[name for name in settings if not _follows_seed(name)]]
-    shared = settings[[name for name in settings if name.split(".")[0] not in PAIRED_APART]]
+    # What the module is given is there twice: as the node of its own, and where it is put in.
+    twice = [name for name in settings if name.startswith("module.") and name.removeprefix("module.") in settings]
+    settings = settings[[name for name in settings if not _follows_seed(name) and name not in twice]]
+    shared = settings[[name for name in settings if not _belongs(name, PAIRED_APART)]]
     frame["context"] = [json.dumps(values) for values in shared.to_numpy().tolist()]
     frame["setting"] = ""
-    own = settings[[name for name in settings if name.split(".")[0] not in ("method", "run_dir", "tuned")]]
+    own = settings[[name for name in settings if not _belongs(name, ("method", "run_dir", "tuned"))]]
     for _, group in frame.groupby(["experiment", "method"]):
         varied = [name for name in own if own.loc[group.index, name].nunique(dropna=False) > 1]
         frame.loc[group.index, "setting"] = [
@@ -73,6 +83,10 @@ def _flatten(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, node
+
+
+def _belongs(name: str, nodes: Sequence[str]) -> bool:
+    return any(f"{name}.".startswith(f"{node}.") for node in nodes)
 
 
 def _follows_seed(name: str) -> bool:
@@ -134,7 +148,9 @@ def format_summary(summary: pd.DataFrame, baseline: str = BASELINES[0]) -> str:
         if len(found):
             parts.append(f"{heading}: AUROC for the wrong labels of each task, best epoch\n{_aligned(found)}")
     if summary["pairs"].any():
-        parts.append(f"In brackets: difference to {baseline}, paired by seed. best: best noisy-validation epoch.")
+        chosen = any(str(name).endswith("_best_mean") and summary[name].notna().any() for name in summary)
+        best = " best: best noisy-validation epoch." if chosen else ""
+        parts.append(f"In brackets: difference to {baseline}, paired by seed.{best}")
     return "\n\n".join(parts)
 
 
@@ -211,7 +227,7 @@ def compare(sweep_dir: Path | str, baseline: str | None = None) -> str:
 
     Args:
         sweep_dir: holds the runs.
-        baseline: the method subtracted; by default the first of ``none`` and ``equal`` that is there.
+        baseline: the method subtracted; by default the first of ``none``, ``equal`` and ``finetune`` that is there.
 
     Raises:
         FileNotFoundError: no finished run there.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -41,7 +42,7 @@ def write_plots(run_dir: Path | str) -> list[Path]:
     labels (``log_temperature``, ``learning_rate_factor``, ...) ``<column>.png``, its mean over epochs where the truth
     is known, and ``<column>_histogram.png``; for every ``<name>_matrix.csv`` a heat map ``<name>_matrix.png``. With
     several tasks ``scores.png`` in place of ``accuracy.png``, and a ``detectors_<task>.png`` for each that has wrong
-    labels.
+    labels. With tasks one after another ``accuracy.png`` shows each task's over all epochs.
 
     Raises:
         FileNotFoundError: the folder holds no finished run.
@@ -51,7 +52,9 @@ def write_plots(run_dir: Path | str) -> list[Path]:
     epochs = by_epoch(pd.read_csv(run_dir / "metrics.csv"))
     rows = read_rows(run_dir / "rows.parquet")
     title = f"{results['experiment']}, {results['method']}, seed {results['seed']}"
-    if scored_tasks(results):
+    if "tasks_learned" in results:
+        paths = [_save(sequence_plot(epochs, results, title), run_dir / "accuracy.png")]
+    elif scored_tasks(results):
         paths = [_save(scores_plot(epochs, results, title), run_dir / "scores.png")]
     else:
         paths = [_save(accuracy_plot(epochs, results, title), run_dir / "accuracy.png")]
@@ -98,6 +101,27 @@ def scores_plot(epochs: pd.DataFrame, results: dict, title: str) -> Figure:
         curves = {f"val_{task}_{score}": ("validation (noisy labels)", CLEAN)}
         _draw_scores(axes, epochs, curves, results, f"{task}_{score}")
         axes.set(xlabel="epoch", ylabel=f"{_in_words(task)}, {score}")
+    return figure
+
+
+def sequence_plot(epochs: pd.DataFrame, results: dict, title: str) -> Figure:
+    """Validation accuracy of tasks learned one after another over all epochs: each from its own first epoch on, before
+    that pale; with their mean."""
+    figure, axes = _figure(title, size=(7.2, 4.0))
+    count, each = results["num_tasks"], results["epochs_per_task"]
+    for task in range(count):
+        curve = epochs.get(f"val_task_{task + 1}", pd.Series(dtype=float)).dropna()
+        color = colormaps["viridis"](task / max(count - 1, 1) * 0.9)
+        axes.plot(curve.index, curve, color=color, alpha=0.2, linewidth=1)
+        known = curve[curve.index >= task * each]
+        shown = str(task + 1) if count <= WRITTEN_CELLS else None
+        axes.plot(known.index, known, color=color, linewidth=1.5, label=shown, marker="." if each < 2 else None)
+        if task:
+            axes.axvline(task * each - 0.5, color=NEUTRAL, linewidth=0.8, linestyle=":")
+    mean = epochs["val_average_accuracy"].dropna()
+    axes.plot(mean.index, mean, color="black", linewidth=2, label="mean of the tasks so far")
+    axes.set(xlabel="epoch (dotted: the next task begins)", ylabel="validation accuracy")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="task", fontsize="small")
     return figure
 
 

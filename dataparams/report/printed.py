@@ -21,7 +21,9 @@ def headline(results: dict[str, Any]) -> str:
     run = f"{results['experiment']}, {results['method']}, seed {results['seed']}"
     best = f"at the best noisy-validation epoch ({results['best_epoch'] + 1} of {results['epochs']})"
     tasks = scored_tasks(results)
-    if tasks:
+    if "tasks_learned" in results:
+        lines = [f"{run}: test after {results['tasks_learned']} of {results['num_tasks']} tasks: {_sequence(results)}"]
+    elif tasks:
         keys = [f"{task}_{score}" for task, score in tasks.items()]
         scores = [f"{key.replace('_', ' ')} {results[f'{key}_best']:.3f}, {results[f'{key}_last']:.3f}" for key in keys]
         lines = [f"{run}: test {best} and at the last: {'; '.join(scores)}"]
@@ -40,6 +42,12 @@ def headline(results: dict[str, Any]) -> str:
         named = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items()]
         lines.append(f"  AUROC of wrong labels: {', '.join(named)}")
     return "\n".join(lines)
+
+
+def _sequence(results: dict[str, Any]) -> str:
+    names = ("average_accuracy", "forgetting", "forward_transfer", "learning_accuracy")
+    known = {name: results[name] for name in names if pd.notna(results[name])}  # of a single task there is no transfer
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in known.items())
 
 
 def report(run_dir: Path, by: str, count: int) -> None:

@@ -18,7 +18,6 @@ from dataparams.report.files import replacing
 from dataparams.report.monitor import StepTimer
 from dataparams.report.rows import SCHEMA_VERSION, build_rows, detection_results, detectors_of, merge_frames
 from dataparams.tasks.calibration import calibrated_scores, evaluate
-from dataparams.tasks.multitask import MultiTaskModel
 
 Checkpoint = dict[str, Any]
 
@@ -72,16 +71,24 @@ def rows_of_run(best: Sequence[MethodCallback], last: Sequence[MethodCallback], 
     )
 
 
-def write_matrices(methods: Sequence[MethodCallback], datamodule: Any, run_dir: Path) -> None:
-    """Write what the methods learned about pairs of classes (``SampleTable.matrices``), a CSV file each.
+def write_matrices(owners: Sequence[Any], datamodule: Any, run_dir: Path) -> None:
+    """Write what methods learned about pairs of classes (``SampleTable.matrices``), and what a module has to say that
+    way, a CSV file each.
 
-    Classes go by the names that ``datamodule`` has for them, if any. The corner names both axes: ``rows \\ columns``.
+    Classes that are numbers go by the names that ``datamodule`` has for them, if any. The corner names both axes:
+    ``rows \\ columns``.
+
+    Args:
+        owners: method callbacks, and modules with or without ``matrices()``.
+        datamodule: set up.
+        run_dir: where.
     """
     names = list(getattr(datamodule, "class_names", ()))
-    for name, matrix in (item for method in methods for item in method.matrices().items()):
+    owners = [owner for owner in owners if hasattr(owner, "matrices")]
+    for name, matrix in (item for owner in owners for item in owner.matrices().items()):
         if not name.endswith("_matrix"):
             raise ValueError(f"a matrix of a run needs a name that ends in _matrix, not {name!r}")
-        if matrix.shape == (len(names), len(names)):
+        if matrix.shape == (len(names), len(names)) and pd.api.types.is_integer_dtype(matrix.index):
             axes = matrix.axes
             matrix = matrix.set_axis(pd.Index(names, name=axes[0].name), axis=0)
             matrix = matrix.set_axis(pd.Index(names, name=axes[1].name), axis=1)
@@ -101,25 +108,27 @@ def collect_results(
     """The numbers of ``results.json``.
 
     Args:
-        checkpoints: ``best`` and ``last``; with averaged weights also ``best_ema``.
+        checkpoints: ``last`` and, where epochs are chosen, ``best``; with averaged weights also ``best_ema``. The keys
+            of scores end in ``_best`` and ``_last``; where none is chosen in neither.
         rows: what :func:`rows_of_run` returns.
         methods: what :func:`methods_at` returns for the last checkpoint.
-        module: maps inputs to logits, or is a :class:`MultiTaskModel`; its weights are overwritten by those of the last
-            checkpoint.
+        module: maps inputs to logits, or has ``scores``; its weights are overwritten by those of a checkpoint.
         datamodule: set up, with validation and test loaders.
         device: where to evaluate.
     """
-    best, last = checkpoints["best"], checkpoints["last"]
+    last = checkpoints["last"]
+    best = checkpoints.get("best", last)
     averaged = "best_ema" in checkpoints
-    weights = {"best": (best, False), "last": (last, False)}
+    weights = {"_best": (best, False), "_last": (last, False)} if "best" in checkpoints else {"": (last, False)}
     if averaged:
-        weights |= {"ema_best": (checkpoints["best_ema"], True), "ema_last": (last, True)}
+        weights |= {"_ema_best": (checkpoints["best_ema"], True), "_ema_last": (last, True)}
     results: dict[str, Any] = {"best_epoch": best["epoch"], "epochs": last["epoch"] + 1}
     module.to(device)
     for name, (checkpoint, average) in reversed(weights.items()):
+        module.on_load_checkpoint(checkpoint)
         module.load_state_dict(_weights(checkpoint, average))
         scores = score(module, datamodule)
-        results |= {f"{key}_{name}": value for key, value in scores.items()}
+        results |= {f"{key}{name}": value for key, value in scores.items()}
     module.to("cpu")
     if averaged:
         results["best_epoch_ema"] = checkpoints["best_ema"]["epoch"]
@@ -142,15 +151,14 @@ def collect_results(
 
 def score(module: L.LightningModule, datamodule: Any) -> dict[str, float]:
     """Accuracy on validation and test, and likelihood and calibration error on test; all with the weights as they are.
-    Of several tasks ``<task>_accuracy`` or ``<task>_error`` on test, and the same and ``score`` as ``val_...``.
+    A module with a method ``scores(datamodule)`` says itself.
 
     ``test_nll_calibrated`` and ``test_ece_calibrated`` divide the logits by one temperature fitted on validation data,
     without which the numbers of different methods cannot be compared.
     """
-    if isinstance(module, MultiTaskModel):
-        scores = module.evaluate(datamodule.test_dataloader())
-        del scores["score"]  # it chooses epochs, which is nothing for test labels
-        return {f"val_{key}": value for key, value in module.evaluate(datamodule.val_dataloader()).items()} | scores
+    own: Callable[[Any], dict[str, float]] | None = getattr(module, "scores", None)
+    if own is not None:
+        return own(datamodule)
     val_logits, val_labels = evaluate(module, datamodule.val_dataloader())
     test_logits, test_labels = evaluate(module, datamodule.test_dataloader())
     return {

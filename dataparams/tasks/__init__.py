@@ -5,6 +5,8 @@ examples and tests.
 from dataparams.tasks.calibration import calibrated_scores, evaluate, fit_temperature
 from dataparams.tasks.cifar import CIFARData
 from dataparams.tasks.classifier import Classifier
+from dataparams.tasks.continual import ContinualClassifier
+from dataparams.tasks.continual_models import ContinualCNN, ContinualMLP
 from dataparams.tasks.data import NoisyDataModule
 from dataparams.tasks.image_data import DigitsData, FashionMNISTData, MNISTData
 from dataparams.tasks.loading import EpochSampler, ImageDataset
@@ -12,12 +14,18 @@ from dataparams.tasks.models import SmallBNNet, SmallCNN, WideResNet, resnet18_c
 from dataparams.tasks.multimnist import MultiMNISTData
 from dataparams.tasks.multitask import JointError, MultiTaskCNN, MultiTaskModel, Task
 from dataparams.tasks.noise import corrupt_labels
+from dataparams.tasks.scenarios import PermutedMNISTData, SplitMNISTData
 from dataparams.tasks.surreal import SurrealClips
 from dataparams.tasks.surreal_data import SurrealData
+from dataparams.tasks.task_sequence import TaskData, TaskSequence
+from dataparams.tasks.vision_mixture import NotMNISTData, SVHNData, VisionMixtureData
 
 __all__ = [
     "CIFARData",
     "Classifier",
+    "ContinualCNN",
+    "ContinualClassifier",
+    "ContinualMLP",
     "DigitsData",
     "EpochSampler",
     "FashionMNISTData",
@@ -28,11 +36,18 @@ __all__ = [
     "MultiTaskCNN",
     "MultiTaskModel",
     "NoisyDataModule",
+    "NotMNISTData",
+    "PermutedMNISTData",
+    "SVHNData",
     "SmallBNNet",
     "SmallCNN",
+    "SplitMNISTData",
     "SurrealClips",
     "SurrealData",
     "Task",
+    "TaskData",
+    "TaskSequence",
+    "VisionMixtureData",
     "WideResNet",
     "calibrated_scores",
     "corrupt_labels",

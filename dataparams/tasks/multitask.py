@@ -201,6 +201,15 @@ class MultiTaskModel(L.LightningModule):
             self.train(was_training)
         return {name: float(value) for name, value in self.test_scores.compute().items()}
 
+    def scores(self, datamodule: Any) -> dict[str, float]:
+        """What `evaluate` says of the test data, and of the validation data as `val_...`.
+
+        `score`, which chooses epochs, is of the latter alone.
+        """
+        scores = self.evaluate(datamodule.test_dataloader())
+        del scores["score"]
+        return {f"val_{key}": value for key, value in self.evaluate(datamodule.val_dataloader()).items()} | scores
+
     def _log_scores(self, stage: str, scores: TaskScores) -> None:
         values = {f"{stage}_{name}": value for name, value in scores.compute().items()}
         # The metrics have gathered what all processes saw; sync_dist then changes nothing and keeps Lightning quiet.
