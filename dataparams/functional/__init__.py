@@ -35,6 +35,13 @@ from dataparams.functional.soft_labels import (
     soft_label,
 )
 from dataparams.functional.superloss import lambert_w, superloss
+from dataparams.functional.task_accuracy import (
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    learning_accuracy,
+)
 from dataparams.functional.temperature import (
     data_parameter_loss,
     regression_loss,
