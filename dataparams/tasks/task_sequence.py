@@ -117,6 +117,8 @@ class TaskSequence(L.LightningDataModule):
         val_sets, test_sets: a data set a task.
         num_tasks, task_names: T, and what the tasks are called.
         class_mask: bool (T, K), the classes of each task, or None without `multi_head`.
+        ids: "task:place" by position in `train_set`; the place is that in the published file where the task's data set
+            knows it (`rows`), else that in the task.
 
     Args:
         tasks: `TaskData`, or (train, val, test), in order.
@@ -217,6 +219,15 @@ class TaskSequence(L.LightningDataModule):
         """The task's positions in `train_set`."""
         return range(int(self.train_set.starts[task]), int(self.train_set.starts[task + 1]))
 
+    @property
+    def ids(self) -> list[str]:
+        """Names of the training samples."""
+        names = []
+        for task, part in zip(self.task_names, self.train_set.datasets, strict=True):
+            places = getattr(part, "rows", range(len(part)))  # type: ignore[arg-type]
+            names += [f"{task}:{int(place)}" for place in places]
+        return names
+
     def describe(self) -> dict[str, Any]:
         """Name and sizes; flat, after `setup`."""
         return {
@@ -231,6 +242,7 @@ class TaskSequence(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Of the trainer's current epoch; without a trainer, of epoch 0 or what `set_epoch` of its sampler says."""
+        self.setup()
         sampler = TaskSampler(self)
         if self.trainer is not None:
             self._check(self.trainer)
@@ -244,9 +256,11 @@ class TaskSequence(L.LightningDataModule):
         return self._loader(TaskSampler(self, task))
 
     def val_dataloader(self) -> list[DataLoader]:
+        self.setup()
         return self._evaluation_loaders(self.val_sets)
 
     def test_dataloader(self) -> list[DataLoader]:
+        self.setup()
         return self._evaluation_loaders(self.test_sets)
 
     def _loader(self, sampler: TaskSampler) -> DataLoader:
