@@ -18,6 +18,10 @@ DATA = {
     "self_paced_tail": "FashionMNIST",
     "magnet": "FashionMNIST",
     "multimnist_noise": "MNIST",
+    "permuted_mnist": "MNIST",
+    "permuted_mnist_few": "MNIST",
+    "split_mnist": "MNIST",
+    "imbalanced_permuted_mnist": "MNIST",
     "cifar10": "cifar10",
 }
 TITLES = {
@@ -35,6 +39,12 @@ TITLES = {
     "self_paced_tail": "The same without noise, long tail of 50:1 (about 1,825 samples, 20 epochs of 29 updates)",
     "multimnist_noise": "Several tasks: MultiMNIST, 4,000 pictures; left digit 40% wrong labels, right digit clean, "
     "ink mass 30% corrupt; 18 epochs, batch 64, model rate 0.01",
+    "permuted_mnist": "Tasks one after another: permuted MNIST, 10 tasks of 12,000 digits, 2 epochs each, 2x400, SGD "
+    "0.01, batch 64",
+    "permuted_mnist_few": "Few steps: the same with 1,280 digits a task and one epoch, 20 steps; eta 0.1, alpha uniform "
+    "in [0, 1)",
+    "split_mnist": "Split MNIST, 5 tasks of two digits, all training images, 4 epochs each, 2x256, SGD 0.01, batch 64",
+    "imbalanced_permuted_mnist": "Permuted MNIST with another share, 0.1 to 1, of each class in each task",
     "magnet": "An embedding: Fashion-MNIST, first 7,000, 660 updates with Adam at 0.001, batch 64, 16 dimensions",
 }
 MAGNET = {
@@ -109,6 +119,23 @@ SELECTIONS = (
     Arm("spld", "`spld` (threshold, clusters of principal components)", "spld"),
     Arm("magnet", "`self_paced_magnet` (threshold, SPL-ADVisE)", "self_paced_magnet"),
 )
+# Tasks one after another: what is added to plain training in order, by either head, from either initialisation.
+PENALTIES = {"": "finetune", "ewc": "online EWC", "si": "SI", "mas": "MAS"}
+
+
+def sequence_arms(init: str) -> tuple[Arm, ...]:
+    """Every penalty without and with a trace, all from the same initial head."""
+    suffix, note = ("", "") if init == "linear" else (f"_{init}", f", {init} head")
+    options = (f"model.head_init={init}",)
+    arms = []
+    for penalty, title in PENALTIES.items():
+        traced = "dhp" if penalty == "" else f"dhp_{penalty}"
+        arms.append(Arm(f"{penalty or 'finetune'}{suffix}", title + note, penalty or "finetune", options))
+        arms.append(Arm(f"{traced}{suffix}", f"DHP{' + ' + title if penalty else ''}{note}", traced, options))
+    return tuple(arms)
+
+
+FEW = ("model.dhp.eta=0.1", "model.dhp.alpha_init=[0.0,1.0]")
 CLEAN = ("experiment=self_paced", "data.noise=none", "data.noise_rate=0")
 ARMS = {
     "digits_meta": (
@@ -158,6 +185,18 @@ ARMS = {
         Arm(name, f"`{name}`", name)
         for name in ("equal", "uncertainty", "dwa", "gradnorm", "random_weighting", "task_weights")
     ),
+    "permuted_mnist": sequence_arms("linear") + sequence_arms("kaiming"),
+    "split_mnist": sequence_arms("linear") + sequence_arms("kaiming"),
+    "imbalanced_permuted_mnist": sequence_arms("linear"),
+    "permuted_mnist_few": tuple(
+        Arm(f"{name}{suffix}", f"{title}{note}", method, (*FEW, f"model.head_init={init}", *more))
+        for init, suffix, note in (("linear", "", ""), ("kaiming", "_kaiming", ", kaiming head"))
+        for name, title, method, more in (
+            ("finetune", "linear head", "finetune", ()),
+            ("dhp", "DHP", "dhp", ()),
+            ("frozen", "DHP, the trace never updated", "dhp", ("model.dhp.update=never",)),
+        )
+    ),
 }  # fmt: skip
 BASE = {
     "digits_meta": ("experiment=digits_meta",),
@@ -167,6 +206,10 @@ BASE = {
     "self_paced_clean": CLEAN,
     "self_paced_tail": (*CLEAN, "data.imbalance=50"),
     "multimnist_noise": ("experiment=multimnist_noise",),
+    "permuted_mnist": ("experiment=permuted_mnist",),
+    "permuted_mnist_few": ("experiment=permuted_mnist", "data.train_size=1280", "trainer.max_epochs=10"),
+    "split_mnist": ("experiment=split_mnist",),
+    "imbalanced_permuted_mnist": ("experiment=imbalanced_permuted_mnist",),
 }
 
 
