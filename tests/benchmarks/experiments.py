@@ -41,8 +41,8 @@ TITLES = {
     "ink mass 30% corrupt; 18 epochs, batch 64, model rate 0.01",
     "permuted_mnist": "Tasks one after another: permuted MNIST, 10 tasks of 12,000 digits, 2 epochs each, 2x400, SGD "
     "0.01, batch 64",
-    "permuted_mnist_few": "Few steps: the same with 1,280 digits a task and one epoch, 20 steps; eta 0.1, alpha uniform "
-    "in [0, 1)",
+    "permuted_mnist_few": "Few steps: the same with 1,280 digits a task and one epoch, 20 steps; eta 0.1, alpha "
+    "uniform in [0, 1)",
     "split_mnist": "Split MNIST, 5 tasks of two digits, all training images, 4 epochs each, 2x256, SGD 0.01, batch 64",
     "imbalanced_permuted_mnist": "Permuted MNIST with another share, 0.1 to 1, of each class in each task",
     "magnet": "An embedding: Fashion-MNIST, first 7,000, 660 updates with Adam at 0.001, batch 64, 16 dimensions",
@@ -194,6 +194,7 @@ ARMS = {
         for name, title, method, more in (
             ("finetune", "linear head", "finetune", ()),
             ("dhp", "DHP", "dhp", ()),
+            ("twice", "linear head, all at twice the rate", "finetune", ("optimizer.lr=0.02",)),
             ("frozen", "DHP, the trace never updated", "dhp", ("model.dhp.update=never",)),
         )
     ),
