@@ -110,7 +110,7 @@ def sequence_plot(epochs: pd.DataFrame, results: dict, title: str) -> Figure:
     figure, axes = _figure(title, size=(7.2, 4.0))
     count, each = results["num_tasks"], results["epochs_per_task"]
     for task in range(count):
-        curve = epochs.get(f"val_task_{task + 1}", pd.Series(dtype=float)).dropna()
+        curve: Any = epochs[f"val_task_{task + 1}"].dropna()
         color = colormaps["viridis"](task / max(count - 1, 1) * 0.9)
         axes.plot(curve.index, curve, color=color, alpha=0.2, linewidth=1)
         known = curve[curve.index >= task * each]
@@ -118,7 +118,7 @@ def sequence_plot(epochs: pd.DataFrame, results: dict, title: str) -> Figure:
         axes.plot(known.index, known, color=color, linewidth=1.5, label=shown, marker="." if each < 2 else None)
         if task:
             axes.axvline(task * each - 0.5, color=NEUTRAL, linewidth=0.8, linestyle=":")
-    mean = epochs["val_average_accuracy"].dropna()
+    mean: Any = epochs["val_average_accuracy"].dropna()
     axes.plot(mean.index, mean, color="black", linewidth=2, label="mean of the tasks so far")
     axes.set(xlabel="epoch (dotted: the next task begins)", ylabel="validation accuracy")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="task", fontsize="small")

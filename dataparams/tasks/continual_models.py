@@ -42,7 +42,7 @@ def make_head(
     layer = DHPSoftmax(in_features, num_classes, theta_init=head_init, bias=bias, **options)
     if head == "dhp":
         return layer
-    linear = nn.utils.skip_init(nn.Linear, in_features, num_classes, bias=bias)
+    linear: Any = nn.utils.skip_init(nn.Linear, in_features, num_classes, bias=bias)
     with torch.no_grad():
         linear.weight.copy_(layer.theta.T)
         if layer.bias is not None:

@@ -179,7 +179,7 @@ class TaskSequence(L.LightningDataModule):
         """Load the tasks, once; later calls change nothing."""
         if self._is_set_up:
             return
-        tasks = [task if isinstance(task, TaskData) else TaskData(*task) for task in self.load_tasks()]
+        tasks = [task if isinstance(task, TaskData) else _task_data(task) for task in self.load_tasks()]
         if not tasks:
             raise ValueError(f"{self.data_name}: there is no task")
         for number, task in enumerate(tasks, 1):
@@ -304,8 +304,17 @@ class TaskSequence(L.LightningDataModule):
                 f"set trainer.max_epochs={total} (max_epochs= of the Trainer), or other epochs_per_task"
             )
         sizes = np.unique(np.diff(self.train_set.starts))
-        if trainer.reload_dataloaders_every_n_epochs != 1 and (len(sizes) > 1 or trainer.world_size > 1):
+        reloaded = getattr(trainer, "reload_dataloaders_every_n_epochs", 0) == 1
+        if not reloaded and (len(sizes) > 1 or trainer.world_size > 1):
             raise ValueError(
                 "the training loader is another one for each task: set trainer.reload_dataloaders_every_n_epochs=1 "
                 "(reload_dataloaders_every_n_epochs=1 of the Trainer)"
             )
+
+
+def _task_data(parts: Sequence[Dataset]) -> TaskData:
+    try:
+        train, val, test = parts
+    except (TypeError, ValueError):
+        raise ValueError("a task is TaskData(train, val, test, ...) or three data sets (train, val, test)") from None
+    return TaskData(train, val, test)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dataparams.tasks import MNISTData, NotMNISTData, PermutedMNISTData, SplitMNISTData, SVHNData, VisionMixtureData
-from dataparams.tasks.data import ImagePool
+from dataparams.tasks.data import ImagePool, NoisyDataModule
 from dataparams.tasks.vision_mixture import MIXTURE
 
 TRAINING, TESTING = 80, 30
@@ -28,7 +28,7 @@ def digits(monkeypatch):
     return published
 
 
-def normalised(images, source=MNISTData):
+def normalised(images, source: type[NoisyDataModule] = MNISTData):
     return (images.float() - torch.tensor(source.mean).view(-1, 1, 1)) / torch.tensor(source.std).view(-1, 1, 1)
 
 

@@ -31,8 +31,10 @@ class Counted(Dataset):
 
 
 def parts(size, offset=0, **options):
-    sets = [TensorDataset(torch.arange(offset, offset + n).float()[:, None], torch.arange(n) % 2) for n in (size, 3, 4)]
-    return TaskData(*sets, **options)
+    train, val, test = (
+        TensorDataset(torch.arange(offset, offset + n).float()[:, None], torch.arange(n) % 2) for n in (size, 3, 4)
+    )
+    return TaskData(train, val, test, **options)
 
 
 def sequence(sizes=(10, 7, 12), **options):
@@ -185,6 +187,7 @@ def test_epochs_that_do_not_fit_the_tasks_are_refused_before_a_step():
     ("make", "message"),
     [
         (lambda: TaskSequence([]).setup(), "there is no task"),
+        (lambda: TaskSequence([(Counted(3, 0), Counted(3, 0))]).setup(), "three data sets"),
         (lambda: TaskSequence([parts(3), parts(0)]).setup(), "task 2 has no samples in train"),
         (lambda: TaskSequence([parts(3)], multi_head=True).setup(), "needs the classes of every task"),
         (lambda: TaskSequence([parts(3, classes=[7])], multi_head=True, num_classes=5).setup(), "class 7 of 5"),
