@@ -10,6 +10,7 @@ from typing import Any
 
 import checks
 import pandas as pd
+import sequence_tables
 from checks import CHECKS, Check
 from experiments import (
     ARMS,
@@ -212,12 +213,31 @@ def tasks_section(root: Path) -> str:
     return "\n".join([*lines, *_checks(asked, "task_weights")])
 
 
+def sequence_section(root: Path, experiment: str) -> str:
+    """Tasks one after another: average accuracy, forgetting and transfer, and what the trace adds."""
+    arms = {arm.name: read(root, experiment, arm.name) for arm in ARMS[experiment]}
+    columns, lines = sequence_tables.table(experiment, arms)
+    return "\n".join(
+        [
+            f"## {TITLES[experiment]}",
+            "",
+            f"{measured(root, experiment)} {len(arms['finetune'])} seeds. {sequence_tables.NOTE}",
+            "",
+            *_head(columns),
+            *(_row(line) for line in lines),
+            *_checks(sequence_tables.checks(experiment, arms), "tasks one after another"),
+        ]
+    )
+
+
 def section(root: Path, experiment: str) -> str:
     """An experiment's part of RESULTS.md."""
     if experiment == "magnet":
         return magnet_section(root)
     if experiment == "multimnist_noise":
         return tasks_section(root)
+    if experiment in sequence_tables.EXPERIMENTS:
+        return sequence_section(root, experiment)
     return arms_section(root, experiment) if experiment in ARMS else reference_section(root, experiment)
 
 
