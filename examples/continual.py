@@ -60,7 +60,7 @@ parser.add_argument("--seeds", type=int, default=1, help="number of runs, with s
 parser.add_argument("--out", default="outputs/continual", help="folder of matrices, table and picture")
 
 EPOCHS = {"digits": 20, "permuted": 2, "imbalanced": 2, "split": 4, "mixture": 4}
-LR = {"digits": 0.05}  # others 0.01
+LR = {"digits": 0.05, "mixture": 0.05}  # others 0.01
 # Strengths by penalty, chosen on validation data of another seed: importances differ in scale with the data.
 PERMUTED = {"ewc": 50.0, "si": 60.0, "mas": 0.1}
 STRENGTHS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dataparams.callbacks.sample_table import SampleTable
 from dataparams.report.files import replacing
@@ -53,7 +55,8 @@ def write_plots(run_dir: Path | str) -> list[Path]:
     rows = read_rows(run_dir / "rows.parquet")
     title = f"{results['experiment']}, {results['method']}, seed {results['seed']}"
     if "tasks_learned" in results:
-        paths = [_save(sequence_plot(epochs, results, title), run_dir / "accuracy.png")]
+        names = list(pd.read_csv(run_dir / "task_accuracy_matrix.csv", index_col=0).columns)
+        paths = [_save(sequence_plot(epochs, results, names, title), run_dir / "accuracy.png")]
     elif scored_tasks(results):
         paths = [_save(scores_plot(epochs, results, title), run_dir / "scores.png")]
     else:
@@ -104,23 +107,24 @@ def scores_plot(epochs: pd.DataFrame, results: dict, title: str) -> Figure:
     return figure
 
 
-def sequence_plot(epochs: pd.DataFrame, results: dict, title: str) -> Figure:
+def sequence_plot(epochs: pd.DataFrame, results: dict, names: Sequence[str], title: str) -> Figure:
     """Validation accuracy of tasks learned one after another over all epochs: each from its own first epoch on, before
     that pale; with their mean."""
     figure, axes = _figure(title, size=(7.2, 4.0))
-    count, each = results["num_tasks"], results["epochs_per_task"]
-    for task in range(count):
+    count, each = len(names), results["epochs_per_task"]
+    for task, name in enumerate(names):
         curve: Any = epochs[f"val_task_{task + 1}"].dropna()
         color = colormaps["viridis"](task / max(count - 1, 1) * 0.9)
         axes.plot(curve.index, curve, color=color, alpha=0.2, linewidth=1)
         known = curve[curve.index >= task * each]
-        shown = str(task + 1) if count <= WRITTEN_CELLS else None
+        shown = name if count <= WRITTEN_CELLS else None
         axes.plot(known.index, known, color=color, linewidth=1.5, label=shown, marker="." if each < 2 else None)
         if task:
             axes.axvline(task * each - 0.5, color=NEUTRAL, linewidth=0.8, linestyle=":")
     mean: Any = epochs["val_average_accuracy"].dropna()
     axes.plot(mean.index, mean, color="black", linewidth=2, label="mean of the tasks so far")
     axes.set(xlabel="epoch (dotted: the next task begins)", ylabel="validation accuracy")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title="task", fontsize="small")
     return figure
 

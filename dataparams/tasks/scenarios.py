@@ -63,7 +63,8 @@ class TaskImages(Dataset):
         chosen = torch.as_tensor(indices)
         images = self.images[self.rows[chosen]]
         if self.permutation is not None:
-            images = images.flatten(2)[:, :, self.permutation].view(images.shape)
+            flat = images.flatten(2)
+            images = flat.gather(2, self.permutation.expand(*flat.shape[:2], -1)).view(images.shape)
         images = (images.float() - self.mean) / self.std
         if self.channels is not None:
             images = images.expand(-1, self.channels, -1, -1)

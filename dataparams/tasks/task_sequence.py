@@ -224,8 +224,9 @@ class TaskSequence(L.LightningDataModule):
         """Names of the training samples."""
         names = []
         for task, part in zip(self.task_names, self.train_set.datasets, strict=True):
-            places = getattr(part, "rows", range(len(part)))  # type: ignore[arg-type]
-            names += [f"{task}:{int(place)}" for place in places]
+            rows = getattr(part, "rows", None)
+            places = range(len(part)) if rows is None else rows.tolist()  # type: ignore[arg-type]
+            names += [f"{task}:{place}" for place in places]
         return names
 
     def describe(self) -> dict[str, Any]:

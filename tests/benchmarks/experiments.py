@@ -42,7 +42,7 @@ TITLES = {
     "permuted_mnist": "Tasks one after another: permuted MNIST, 10 tasks of 12,000 digits, 2 epochs each, 2x400, SGD "
     "0.01, batch 64",
     "permuted_mnist_few": "Few steps: the same with 1,280 digits a task and one epoch, 20 steps; eta 0.1, alpha "
-    "uniform in [0, 1)",
+    "uniform in [0, 1); 2,500 test digits",
     "split_mnist": "Split MNIST, 5 tasks of two digits, all training images, 4 epochs each, 2x256, SGD 0.01, batch 64",
     "imbalanced_permuted_mnist": "Permuted MNIST with another share, 0.1 to 1, of each class in each task",
     "magnet": "An embedding: Fashion-MNIST, first 7,000, 660 updates with Adam at 0.001, batch 64, 16 dimensions",
@@ -208,7 +208,12 @@ BASE = {
     "self_paced_tail": (*CLEAN, "data.imbalance=50"),
     "multimnist_noise": ("experiment=multimnist_noise",),
     "permuted_mnist": ("experiment=permuted_mnist",),
-    "permuted_mnist_few": ("experiment=permuted_mnist", "data.train_size=1280", "trainer.max_epochs=10"),
+    "permuted_mnist_few": (
+        "experiment=permuted_mnist",
+        "data.train_size=1280",
+        "data.test_size=2500",
+        "trainer.max_epochs=10",
+    ),
     "split_mnist": ("experiment=split_mnist",),
     "imbalanced_permuted_mnist": ("experiment=imbalanced_permuted_mnist",),
 }
