@@ -117,6 +117,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     if trainer.is_global_zero:
         checkpoints = _load_checkpoints(run_dir)
+        datamodule.trainer = trainer  # after ddp_spawn only the children's has one
         datamodule.setup("fit")
         datamodule.setup("test")
         methods = methods_at(makers, checkpoints["last"])

@@ -186,10 +186,13 @@ class TaskSequence(L.LightningDataModule):
             for part in ("train", "val", "test"):
                 if not len(getattr(task, part)):
                     raise ValueError(f"{self.data_name}: task {task.name or number} has no samples in {part}")
+        names = [task.name or str(number) for number, task in enumerate(tasks, 1)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{self.data_name}: two tasks have one name, among {', '.join(names)}")
         numbers = range(len(tasks)) if self.multi_head else None
         self.train_set = TaskConcatenation([task.train for task in tasks], numbers)
         self.val_sets, self.test_sets = (self._numbered([getattr(t, part) for t in tasks]) for part in ("val", "test"))
-        self.task_names = [task.name or str(number) for number, task in enumerate(tasks, 1)]
+        self.task_names = names
         self.class_mask = self._class_mask(tasks) if self.multi_head else None
         self._num_tasks = len(tasks)
         self._is_set_up = True

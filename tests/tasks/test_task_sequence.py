@@ -188,6 +188,7 @@ def test_epochs_that_do_not_fit_the_tasks_are_refused_before_a_step():
     [
         (lambda: TaskSequence([]).setup(), "there is no task"),
         (lambda: TaskSequence([(Counted(3, 0), Counted(3, 0))]).setup(), "three data sets"),
+        (lambda: TaskSequence([parts(3, name="2"), parts(3)]).setup(), "two tasks have one name"),
         (lambda: TaskSequence([parts(3), parts(0)]).setup(), "task 2 has no samples in train"),
         (lambda: TaskSequence([parts(3)], multi_head=True).setup(), "needs the classes of every task"),
         (lambda: TaskSequence([parts(3, classes=[7])], multi_head=True, num_classes=5).setup(), "class 7 of 5"),
