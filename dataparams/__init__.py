@@ -3,6 +3,7 @@
 from dataparams.callbacks import (
     ELR,
     GCE,
+    Consolidation,
     DataParameters,
     InstanceLearningRates,
     InstanceTaskWeights,
@@ -18,6 +19,7 @@ from dataparams.tables import ParameterTable
 __all__ = [
     "ELR",
     "GCE",
+    "Consolidation",
     "DataParameterOptimizer",
     "DataParameters",
     "InstanceLearningRates",

@@ -171,6 +171,7 @@ class IndexTracker:
         self.row_ids: RowIds | None = None
         self.base: list[int] | None = None
         self.current: list[Tensor] = []
+        self.required = True  # False: samples without positions are no error
         self.edits: list[Callable[[Any], Any]] = []  # copies of a training loader that yield other samples, in order
         self._serial = 0
         self._loaders: list[_TakenLoader] = []
@@ -220,7 +221,7 @@ class IndexTracker:
         sized = dataset is not None and not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__")
         wrap = self.index_key is None
         if wrap and not (isinstance(loader, DataLoader) and sized):
-            if self.num_rows is None:
+            if self.num_rows is None and self.required:
                 what = "an iterable data set" if isinstance(loader, DataLoader) else f"a {type(loader).__name__}"
                 raise ValueError(
                     f"the training loader reads from {what}, whose samples have no positions. Have it yield an id with "

@@ -36,6 +36,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from dataparams import (
+    Consolidation,
     DataParameters,
     InstanceLearningRates,
     InstanceTaskWeights,
@@ -54,6 +55,11 @@ def embedding() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return nn.Linear(5, 4)
+
+
+def task_of(epoch: int) -> int:
+    """A task an epoch, so that two epochs are enough for a penalty."""
+    return epoch
 
 
 METHODS: dict[str, Method] = {
@@ -89,6 +95,18 @@ METHODS: dict[str, Method] = {
     "uncertainty": Method(
         lambda: TaskWeighting("uncertainty", ["criterion"], lr=0.2),
         neutral=lambda: TaskWeighting("uncertainty", ["criterion"], lr=0.0),
+    ),
+    "ewc": Method(
+        lambda: Consolidation("ewc", strength=1.0, task_of_epoch=task_of),
+        neutral=lambda: Consolidation("ewc", strength=0.0, task_of_epoch=task_of),
+    ),
+    "si": Method(
+        lambda: Consolidation("si", strength=1.0, task_of_epoch=task_of),
+        neutral=lambda: Consolidation("si", strength=0.0, task_of_epoch=task_of),
+    ),
+    "mas": Method(  # replay is tested by itself: its second call of training_step is one that this suite would count
+        lambda: Consolidation("mas", strength=0.1, task_of_epoch=task_of),
+        neutral=lambda: Consolidation("mas", strength=0.0, task_of_epoch=task_of),
     ),
     "superloss": Method(SuperLoss),
     "elr": Method(ELR),

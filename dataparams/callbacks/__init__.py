@@ -2,6 +2,7 @@
 
 from dataparams.callbacks.base import MethodCallback
 from dataparams.callbacks.baselines import ELR, GCE, LabelSmoothing, SuperLoss
+from dataparams.callbacks.consolidation import Consolidation
 from dataparams.callbacks.data_parameters import DataParameters
 from dataparams.callbacks.finetune_meta import FineTuneMeta
 from dataparams.callbacks.instance_learning_rates import InstanceLearningRates
@@ -15,6 +16,7 @@ from dataparams.callbacks.training_dynamics import TrainingDynamics
 __all__ = [
     "ELR",
     "GCE",
+    "Consolidation",
     "DataParameters",
     "FineTuneMeta",
     "InstanceLearningRates",

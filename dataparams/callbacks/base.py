@@ -47,6 +47,7 @@ class MethodCallback(SampleTable, L.Callback):
     """
 
     shared_tables: ClassVar[frozenset[str]] = frozenset()  # tables whose rows are not one a sample
+    needs_loss: ClassVar[bool] = True  # False: it trains on, without training dynamics, where no loss is found
 
     def __init__(
         self,
@@ -91,6 +92,22 @@ class MethodCallback(SampleTable, L.Callback):
 
     def end_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Called after each training step of the user's, before the backward pass of automatic optimization."""
+
+    def add_to_loss(
+        self, trainer: L.Trainer, module: L.LightningModule, arguments: tuple[Any, ...], output: Any
+    ) -> Any:
+        """What the training step returns instead of ``output``, for a method that adds to the loss.
+
+        Args:
+            trainer, module: the user's.
+            arguments: of the training step.
+            output: what it returned.
+        """
+        return output
+
+    def meet_data(self, num_rows: int | None, base: list[int] | None) -> None:
+        """Called at the start of a fit, before :meth:`prepare`, with the number of samples, where it is known, and
+        their positions below a ``Subset``."""
 
     def replace_batch(self, trainer: L.Trainer, batch: Any) -> Any:
         """Another batch to train on in this step, without rows or training dynamics; None: train as usual."""

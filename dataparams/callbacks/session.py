@@ -48,7 +48,7 @@ class Session:
         self._trainer = weakref.ref(trainer)
         self.device = trainer.strategy.root_device
         self._handles: list[Any] = []
-        self._module_calls: list[LossCall] = []
+        self._module_calls: list[LossCall | None] = []
         self.tasks: list[str] = []  # where there are several
         self._seen: list[tuple[Tensor, Observation]] = []
         self._seen_of_tasks: list[tuple[Tensor, Observation]] = []
@@ -66,6 +66,11 @@ class Session:
 
     # -- members ---------------------------------------------------------------------------------------------------
 
+    @property
+    def needs_loss(self) -> bool:
+        """Whether a member has a part in the loss; where none has, a loss that is not found is no error."""
+        return any(member.needs_loss for member in self.members)
+
     @classmethod
     def join(cls, trainer: L.Trainer, member: MethodCallback) -> Session:
         """Enter the trainer's session; the first to join patches the trainer's loader hook."""
@@ -76,6 +81,7 @@ class Session:
             session = _SESSIONS[trainer] = cls(trainer)
             session.tracker.install(trainer)
         session.members = sorted(members, key=lambda m: (type(m).__name__, m.state_key))
+        session.tracker.required = session.needs_loss
         for name, value in agreed.items():
             setattr(session.tracker, name, value)
         return session
@@ -148,6 +154,7 @@ class Session:
                 self._check_called()
                 for member in self.members:
                     member.end_step(trainer, module)
+                    output = member.add_to_loss(trainer, module, args, output)
             return output
 
         trainer.strategy.training_step = training_step
@@ -159,6 +166,8 @@ class Session:
         if self._prepared:
             return
         self._prepared = True
+        for member in self.members:
+            member.meet_data(num_rows, self.tracker.base)
         self._check_same_subset()
         device = trainer.strategy.root_device
         capacity = 1024 if num_rows is None else num_rows
@@ -186,7 +195,12 @@ class Session:
         finder = next((member for member in self.members if isinstance(member, MultiTask)), None)
         if finder is not None:
             return self._find_tasks(finder, module)
-        wanted, self._unknown = find_criterion(module, self._agreed(self.members, "criterion"))
+        try:
+            wanted, self._unknown = find_criterion(module, self._agreed(self.members, "criterion"))
+        except ValueError:
+            if self.needs_loss:
+                raise
+            return  # training goes on without training dynamics
         if isinstance(wanted, nn.Module):
             self._criterion_name, self._criterion = name_in(module, wanted), wanted
             self.objective.criterion = self._hook(wanted, self._criterion_name)
@@ -261,6 +275,8 @@ class Session:
         if input is None or target is None or not input.requires_grad:
             return function(*args, **kwargs)
         self._used_functions.add(f"F.{function.__name__}")
+        if len(self._used_functions) > 1 and not self.needs_loss:
+            return function(*args, **kwargs)
         if len(self._used_functions) > 1:
             raise ValueError(
                 f"training_step calls {' and '.join(sorted(self._used_functions))}; say which one carries the rows, "
@@ -268,7 +284,9 @@ class Session:
                 "criterion=torch.nn.functional.cross_entropy"
             )
         samples = samples_in(FUNCTION_KINDS[function], input, target)
-        index = self.tracker.index_for(samples, f"F.{function.__name__}")
+        index = self._index_for(samples, f"F.{function.__name__}")
+        if index is None:
+            return function(*args, **kwargs)
         return self.explicit_call(function, index, *args, **kwargs)
 
     def explicit_call(self, function: Callable[..., Any], index: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -282,15 +300,18 @@ class Session:
 
     def begin_module_call(
         self, criterion: Criterion, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before the loss module's forward: its arguments, as the stages want them."""
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before the loss module's forward: its arguments, as the stages want them; None: as they are."""
         names = list(kwargs)
         values = [*args, *kwargs.values()]
         if len(values) < 2:
             raise ValueError(
                 f"{criterion.name} was called with {len(values)} argument(s); a loss takes (input, target)"
             )
-        index = self.tracker.index_for(samples_in(criterion.kind, values[0], values[1]), criterion.name)
+        index = self._index_for(samples_in(criterion.kind, values[0], values[1]), criterion.name)
+        if index is None:
+            self._module_calls.append(None)
+            return None
         self._calls += 1
         call = self.objective.begin(criterion, values[0], values[1], index)
         self._module_calls.append(call)
@@ -299,11 +320,18 @@ class Session:
 
     def end_module_call(self, output: Tensor) -> Tensor:
         """After the loss module's forward: what the user's code gets."""
-        return self.objective.end(self._module_calls.pop(), output)
+        call = self._module_calls.pop()
+        return output if call is None else self.objective.end(call, output)
+
+    def _index_for(self, samples: int, name: str) -> Tensor | None:
+        """Rows of the samples of a loss; None where they are not known and nobody needs them."""
+        if self.needs_loss or any(len(chunk) == samples for chunk in self.tracker.current):
+            return self.tracker.index_for(samples, name)
+        return None
 
     def _check_called(self) -> None:
         self._ever_called = self._ever_called or self._calls > 0
-        if self._ever_called:
+        if self._ever_called or not self.needs_loss:
             return
         what = (
             f"{self._criterion_name} was found but training_step did not call it"

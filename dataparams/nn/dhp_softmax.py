@@ -184,7 +184,8 @@ class DHPSoftmax(nn.Module):
         if y is None:
             raise ValueError(
                 "DHPSoftmax needs the labels while it trains: call layer(h, y), or layer.expect(y) before the model's "
-                "forward pass; to predict, put it in eval()"
+                "forward pass; with dataparams.Consolidation(target_key=...) in the Trainer it gets the batch's. To "
+                "predict, put it in eval()"
             )
         if y.shape != h.shape[:-1]:
             raise ValueError(f"DHPSoftmax: labels of shape {tuple(h.shape[:-1])} for h, not {tuple(y.shape)}")
