@@ -255,6 +255,8 @@ class IndexTracker:
         lengths = [entry.length for entry in self._loaders]
         starts = [0, *accumulate(length or 0 for length in lengths)]
         self._offsets = {entry.serial: start for entry, start in zip(self._loaders, starts, strict=False)}
+        if self.row_ids is not None and lengths != self._expected and not self.required:
+            self.row_ids, self.base, known = None, None, None  # rows begin anew
         if self.row_ids is not None:
             if lengths != self._expected:
                 raise ValueError(

@@ -60,6 +60,7 @@ class Session:
         self._calls = 0
         self._ever_called = False
         self._prepared = False
+        self._num_rows: int | None = None
         self._criterion_name = ""
         self._criterion: nn.Module | None = None
         self._unknown: list[str] = []
@@ -163,9 +164,9 @@ class Session:
         """When the training loaders are there: size the tables, or check that a reload kept the length."""
         known = next((names for member in self.members if (names := member.names) is not None), None)
         num_rows = self.tracker.settle(trainer, known)
-        if self._prepared:
+        if self._prepared and num_rows == self._num_rows:
             return
-        self._prepared = True
+        self._prepared, self._num_rows = True, num_rows
         for member in self.members:
             member.meet_data(num_rows, self.tracker.base)
         self._check_same_subset()
