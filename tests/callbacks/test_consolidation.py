@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from every_method_helpers import CLASSES, QUIET, Model, Numbered, StepModel, assert_same, fit, make_loader, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from test_every_method import CountingLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -59,7 +60,9 @@ def gradients(layer: nn.Linear, x: Tensor, y: Tensor) -> list[Tensor]:
 
 def reference(penalty: str, strength: float, lr: float, epochs: int) -> nn.Linear:
     """Two tasks by hand: sample by sample, without this library."""
-    layer, path, omega, anchor = Linear().layer, None, None, None
+    layer = Linear().layer
+    omega = [torch.zeros_like(p) for p in layer.parameters()]
+    anchor = [p.detach().clone() for p in layer.parameters()]
     for task in range(2):
         x, y = data(task).tensors
         start = [p.detach().clone() for p in layer.parameters()]
@@ -68,7 +71,7 @@ def reference(penalty: str, strength: float, lr: float, epochs: int) -> nn.Linea
             found = gradients(layer, x[first : first + 4], y[first : first + 4])
             with torch.no_grad():
                 for k, p in enumerate(layer.parameters()):
-                    pull = 0 if omega is None else 2 * strength * omega[k] * (p - anchor[k])
+                    pull = 2 * strength * omega[k] * (p - anchor[k])
                     step = -lr * (found[k] + pull)
                     path[k] -= found[k] * step
                     p += step
@@ -87,7 +90,7 @@ def reference(penalty: str, strength: float, lr: float, epochs: int) -> nn.Linea
                 )
                 for total, g in zip(fresh, torch.autograd.grad(value, list(layer.parameters())), strict=True):
                     total += (g**2 if penalty == "ewc" else g.abs()) / len(x)
-        omega = fresh if omega is None else [a + b for a, b in zip(omega, fresh, strict=True)]
+        omega = [a + b for a, b in zip(omega, fresh, strict=True)]
         anchor = [p.detach().clone() for p in layer.parameters()]
     return layer
 
@@ -250,10 +253,13 @@ def test_replay_resumes_bit_for_bit(tmp_path: Path):
     def make() -> Consolidation:
         return Consolidation("mas", strength=0.05, replay=12, replay_batch=4, task_of_epoch=by_epoch)
 
+    def train(callbacks: Any, **options: Any) -> Model:
+        return fit(callbacks, CountingLoader(Numbered(), batch_size=6), max_epochs=4, **options)
+
     whole, save = make(), ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=3)
-    model = fit([whole, save], max_epochs=4, enable_checkpointing=True)
+    model = train([whole, save], enable_checkpointing=True)
     resumed = make()
-    again = fit(resumed, max_epochs=4, ckpt_path=tmp_path / "step=6.ckpt")
+    again = train(resumed, ckpt_path=tmp_path / "step=6.ckpt")  # 4 steps an epoch
     assert_same(again.state_dict(), model.state_dict())
     assert_same(resumed.state_dict(), whole.state_dict())
 
