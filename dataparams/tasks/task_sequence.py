@@ -176,9 +176,14 @@ class TaskSequence(L.LightningDataModule):
         return self.tasks
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the tasks, once; later calls change nothing."""
-        if self._is_set_up:
-            return
+        """Load the tasks, once; check that the trainer's epochs are theirs."""
+        if not self._is_set_up:
+            self._load()
+        # not in train_dataloader: Lightning leaves torch's DataLoader patched after an exception there
+        if stage == "fit" and self.trainer is not None:
+            self._check(self.trainer)
+
+    def _load(self) -> None:
         tasks = [task if isinstance(task, TaskData) else _task_data(task) for task in self.load_tasks()]
         if not tasks:
             raise ValueError(f"{self.data_name}: there is no task")
@@ -249,7 +254,6 @@ class TaskSequence(L.LightningDataModule):
         self.setup()
         sampler = TaskSampler(self)
         if self.trainer is not None:
-            self._check(self.trainer)
             sampler.set_epoch(min(self.trainer.current_epoch, self.num_tasks * self._epochs_per_task() - 1))
         return self._loader(sampler)
 

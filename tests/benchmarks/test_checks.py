@@ -22,6 +22,7 @@ from checks import digits_meta_labels, digits_meta_rates, digits_noise, magnet, 
 from magnet_embedding import measure
 
 SEED = 0
+SEEDS = (0, 1, 2)  # of what must pass: bounds are of means, and one seed's result differs between processors
 META_EPOCHS = 15  # of the evidence's 25: enough to tell
 # Lightning's advice on workers and intervals is for users, who see it from their own runs
 pytestmark = [
@@ -31,10 +32,10 @@ pytestmark = [
 ]
 
 
-def train(folder: Path, *overrides: str, experiment: str = "digits_noise") -> dict[str, Any]:
+def train(folder: Path, *overrides: str, experiment: str = "digits_noise", seed: int = SEED) -> dict[str, Any]:
     with initialize_config_module("dataparams.conf", version_base="1.3"):
         options = [
-            f"seed={SEED}",
+            f"seed={seed}",
             "plots=false",
             "progress_bar=false",
             "trainer.accelerator=cpu",
@@ -88,8 +89,9 @@ def permuted(monkeypatch) -> list[str]:
 
 
 def test_the_working_method_passes_every_check(plain, tmp_path):
-    failed = [check for check in digits_noise([plain], [train(tmp_path, "method=data_parameters")]) if not check.passed]
-    assert failed == []
+    plains = [plain, *(train(tmp_path / f"plain{seed}", "method=none", seed=seed) for seed in SEEDS[1:])]
+    results = [train(tmp_path / f"{seed}", "method=data_parameters", seed=seed) for seed in SEEDS]
+    assert [check for check in digits_noise(plains, results) if not check.passed] == []
 
 
 @pytest.mark.parametrize("breaking", [frozen, flipped_gradient, slow, permuted], ids=lambda f: f.__name__)
@@ -144,6 +146,9 @@ def test_a_broken_method_with_a_meta_set_fails(plain_meta, tmp_path, monkeypatch
 # -- selection ---------------------------------------------------------------------------------------------------------
 
 DATA = Path(os.environ.get("DATAPARAMS_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
+# Far from the evidence's 7,000 samples and 20 epochs, so with a bound of its own: 12 to 17 points in seeds 0 to 4. A
+# selection that ignores the loss gains none.
+SHORT_GAIN = 10
 SHORT = ("data.train_size=2000", "trainer.max_epochs=16", "callbacks.selection.max_fraction=0.6")
 
 
@@ -163,21 +168,22 @@ def uniform(tmp_path_factory, fashion) -> dict[str, Any]:
 
 def test_selection_passes_every_check(uniform, tmp_path):
     results = train(tmp_path, "method=self_paced", *SHORT, experiment="self_paced")
-    assert [check for check in self_paced([uniform], [results]) if not check.passed] == []
+    assert [check for check in self_paced([uniform], [results], gain=SHORT_GAIN) if not check.passed] == []
 
 
 def test_selection_that_ignores_the_loss_fails(uniform, tmp_path):
     results = train(tmp_path, "method=random_subset", *SHORT, experiment="self_paced")
-    failed = [check.name for check in self_paced([uniform], [results]) if not check.passed]
+    failed = [check.name for check in self_paced([uniform], [results], gain=SHORT_GAIN) if not check.passed]
     assert len(failed) == 2
 
 
 @lru_cache
-def embedded(variant: str) -> dict[str, Any]:
-    return measure(variant, SEED, steps=330)
+def embedded(variant: str, seed: int = SEED) -> dict[str, Any]:
+    return measure(variant, seed, steps=330)
 
 
 @pytest.mark.parametrize(("variant", "works"), [("magnet", True), ("random_impostors", False), ("sigma_4", False)])
 def test_a_broken_magnet_loss_fails(fashion, variant, works):
-    passed = all(check.passed for check in magnet([embedded("softmax")], [embedded(variant)]))
-    assert passed == works
+    seeds = SEEDS if works else (SEED,)
+    softmax, other = ([embedded(name, seed) for seed in seeds] for name in ("softmax", variant))
+    assert all(check.passed for check in magnet(softmax, other)) == works
