@@ -152,7 +152,7 @@ def train(method: str, seed: int, args: argparse.Namespace) -> tuple[pd.DataFram
 
 def draw(matrices: dict[str, pd.DataFrame], title: str) -> Figure:
     """The matrices side by side, in one scale."""
-    columns = min(len(matrices), 4)
+    columns = min(math.ceil(math.sqrt(len(matrices))), 4)
     rows = math.ceil(len(matrices) / columns)
     figure = Figure(figsize=(3.3 * columns + 0.8, 3.3 * rows + 0.6), layout="constrained")
     figure.suptitle(title)
