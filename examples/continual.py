@@ -195,7 +195,7 @@ def main(args: argparse.Namespace) -> None:
     methods = args.methods or METHODS
     if unknown := set(methods) - set(METHODS):
         sys.exit(f"no such methods: {', '.join(sorted(unknown))}. Choose among {', '.join(METHODS)}")
-    if args.scenario == "mixture" and args.data_dir is None:
+    if args.scenario == "mixture" and not args.data_dir:
         sys.exit("the mixture needs --data-dir or $DATAPARAMS_DATA; --scenario digits needs no data on disk")
     try:
         names = _tasks(args)
