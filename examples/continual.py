@@ -152,7 +152,7 @@ def train(method: str, seed: int, args: argparse.Namespace) -> tuple[pd.DataFram
 
 def draw(matrices: dict[str, pd.DataFrame], title: str) -> Figure:
     """The matrices side by side, in one scale."""
-    columns = min(len(matrices), 4)
+    columns = min(math.ceil(math.sqrt(len(matrices))), 4)
     rows = math.ceil(len(matrices) / columns)
     figure = Figure(figsize=(3.3 * columns + 0.8, 3.3 * rows + 0.6), layout="constrained")
     figure.suptitle(title)
@@ -195,7 +195,7 @@ def main(args: argparse.Namespace) -> None:
     methods = args.methods or METHODS
     if unknown := set(methods) - set(METHODS):
         sys.exit(f"no such methods: {', '.join(sorted(unknown))}. Choose among {', '.join(METHODS)}")
-    if args.scenario == "mixture" and args.data_dir is None:
+    if args.scenario == "mixture" and not args.data_dir:
         sys.exit("the mixture needs --data-dir or $DATAPARAMS_DATA; --scenario digits needs no data on disk")
     try:
         names = _tasks(args)

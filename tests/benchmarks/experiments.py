@@ -123,13 +123,13 @@ SELECTIONS = (
 PENALTIES = {"": "finetune", "ewc": "online EWC", "si": "SI", "mas": "MAS"}
 
 
-def sequence_arms(init: str) -> tuple[Arm, ...]:
-    """Every penalty without and with a trace, all from the same initial head."""
+def sequence_arms(init: str, penalties: Sequence[str] = tuple(PENALTIES)) -> tuple[Arm, ...]:
+    """Penalties without and with a trace, all from the same initial head."""
     suffix, note = ("", "") if init == "linear" else (f"_{init}", f", {init} head")
     options = (f"model.head_init={init}",)
     arms = []
-    for penalty, title in PENALTIES.items():
-        traced = "dhp" if penalty == "" else f"dhp_{penalty}"
+    for penalty in penalties:
+        title, traced = PENALTIES[penalty], f"dhp_{penalty}" if penalty else "dhp"
         arms.append(Arm(f"{penalty or 'finetune'}{suffix}", title + note, penalty or "finetune", options))
         arms.append(Arm(f"{traced}{suffix}", f"DHP{' + ' + title if penalty else ''}{note}", traced, options))
     return tuple(arms)
@@ -185,8 +185,8 @@ ARMS = {
         Arm(name, f"`{name}`", name)
         for name in ("equal", "uncertainty", "dwa", "gradnorm", "random_weighting", "task_weights")
     ),
-    "permuted_mnist": sequence_arms("linear") + sequence_arms("kaiming"),
-    "split_mnist": sequence_arms("linear") + sequence_arms("kaiming"),
+    "permuted_mnist": sequence_arms("linear") + sequence_arms("kaiming", ("", "mas")),
+    "split_mnist": sequence_arms("linear") + sequence_arms("kaiming", ("", "mas")),
     "imbalanced_permuted_mnist": sequence_arms("linear"),
     "permuted_mnist_few": tuple(
         Arm(f"{name}{suffix}", f"{title}{note}", method, (*FEW, f"model.head_init={init}", *more))

@@ -94,7 +94,7 @@ def checks(experiment: str, arms: Mapping[str, Runs]) -> list[Check]:
             continue
         plain = arms["finetune" + suffix]
         for name in ("ewc", "si", "mas"):
-            runs = arms[name + suffix]
+            runs = arms.get(name + suffix, [])
             if experiment == "split_mnist" and name != "si" and not suffix:
                 seen = sum(run["average_accuracy"] for run in runs) / len(runs)
                 asked.append(Check(f"average accuracy of `{name}`, {head}", seen, 0.973))
@@ -103,6 +103,8 @@ def checks(experiment: str, arms: Mapping[str, Runs]) -> list[Check]:
                 saved = 1 - ratio(runs, plain)
                 asked.append(Check(f"1 - forgetting of `{name}` by finetune's, {head}", saved, 0.25))
         for name in ("dhp", "dhp_ewc", "dhp_si", "dhp_mas"):
+            if name + suffix not in arms:
+                continue
             added = points(arms[name + suffix], arms[without_trace(name) + suffix]).mean()
             asked.append(Check(f"the trace adds to `{without_trace(name)}`, points, {head}", added, -0.3))
     return asked
