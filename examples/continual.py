@@ -94,10 +94,12 @@ def load(args: argparse.Namespace, seed: int) -> TaskSequence:
     if args.scenario == "split":
         return SplitMNISTData(**options)
     if args.scenario == "mixture":
-        return VisionMixtureData(**options | {"train_size": args.train_size or 4000})
+        options["train_size"] = args.train_size or 4000
+        return VisionMixtureData(**options)
     del options["multi_head"]  # the tasks share their classes
     shares = (0.1, 1.0) if args.scenario == "imbalanced" else None
-    return PermutedMNISTData(**options | {"train_size": args.train_size or 12_000}, val_size=500, class_shares=shares)
+    options["train_size"] = args.train_size or 12_000
+    return PermutedMNISTData(**options, val_size=500, class_shares=shares)
 
 
 def digits(options: dict[str, Any]) -> TaskSequence:
