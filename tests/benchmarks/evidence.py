@@ -3,7 +3,8 @@
 Runs go into ``outputs/evidence``; a second call continues where the first was interrupted, and keeps what is there:
 delete a folder to measure it anew. Each run notes its date and commit, which RESULTS.md repeats. ``--jobs`` runs share
 the cores. ``--device`` is a Lightning accelerator. Experiments whose data is not on disk are left out, and RESULTS.md
-says so. ``--only`` trains some; RESULTS.md then shows these and whatever else is complete in the folder.
+says so. ``--only`` trains some. RESULTS.md shows whatever is complete in the folder, and keeps the tables that stand
+in it already of runs that are not.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-from experiments import DATA, LARGE, SEEDS, Job, jobs_of
-from result_tables import complete, harmless_section, section
+from experiments import DATA, LARGE, SEEDS, TITLES, Job, jobs_of
+from result_tables import HARMLESS, complete, harmless_section, section
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+LEFT_OUT = "Left out"
 
 
 @lru_cache
@@ -85,24 +87,33 @@ def _train(job: Job, folder: Path, device: str) -> None:
     run(cfg)
 
 
+def sections(text: str) -> dict[str, str]:
+    """The sections of RESULTS.md by title."""
+    _, *parts = ("\n" + text).split("\n## ")
+    return {part.split("\n", 1)[0].strip(): f"## {part.rstrip()}" for part in parts}
+
+
 def write_results(path: Path, root: Path, missing: list[str], device: str) -> None:
-    """RESULTS.md: every table whose runs are complete, with seeds and versions."""
+    """RESULTS.md: every table whose runs are complete, with seeds and versions; others stay as they stood there."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "lightning", "scikit-learn"))
-    sections = [section(root, name) for name in [*DATA, LARGE] if complete(root, name)]
-    harmless = harmless_section(root)
+    tables = sections(path.read_text()) if path.exists() else {}
+    tables.pop(LEFT_OUT, None)
+    tables |= {TITLES[name]: section(root, name) for name in [*DATA, LARGE] if complete(root, name)}
+    if harmless := harmless_section(root):
+        tables[HARMLESS] = harmless
+    order = {title: place for place, title in enumerate([*(TITLES[name] for name in [*DATA, LARGE]), HARMLESS])}
     parts = [
         "# Evidence\n\nWritten by `make evidence`. Clean test accuracy in percent, mean ± standard deviation over "
         f"seeds {SEEDS[0]} to {SEEDS[-1]}; *best* is the epoch with the highest accuracy on noisy validation labels, "
         "*last* the last one. The AUROC is that of each score as a detector of wrong labels, at the best epoch where "
         "nothing else is said, computed against the data module's own record. *Averaged weights*: an exponential "
         "moving average (0.995, ramped) kept in the same run.\n\n"
-        f"{platform.machine()} ({os.cpu_count()} cores), {device}, Python {platform.python_version()}, {packages}. "
-        "Dates and commits stand at each table, *by date* where a run did not note its commit.",
-        *sections,
-        *([harmless] if harmless else []),
+        f"The latest on {platform.machine()} ({os.cpu_count()} cores), {device}, Python {platform.python_version()}, "
+        f"{packages}. Dates and commits stand at each table, *by date* where a run did not note its commit.",
+        *(tables[title] for title in sorted(tables, key=lambda title: order.get(title, len(order)))),
     ]
     if missing:
-        parts.append("## Left out\n\nNot on disk (`DATAPARAMS_DATA`): " + ", ".join(missing) + ".")
+        parts.append(f"## {LEFT_OUT}\n\nNot on disk (`DATAPARAMS_DATA`): " + ", ".join(missing) + ".")
     path.write_text("\n\n".join(parts) + "\n")
 
 

@@ -25,6 +25,7 @@ from experiments import (
     TITLES,
 )
 
+HARMLESS = "Do the defaults do harm?"
 TOLERANCE = -0.5
 TARGET, EPOCHS_TO_TARGET = 0.8, "epochs_to_target"
 Runs = list[dict[str, Any]]
@@ -255,7 +256,7 @@ def magnet_section(root: Path) -> str:
 def harmless_section(root: Path) -> str | None:
     """Best-epoch accuracy of the defaults against plain training, a line a cell; None before there are any."""
     lines = [
-        "## Do the defaults do harm?",
+        f"## {HARMLESS}",
         "",
         f"{measured(root, 'harmless')} Test accuracy at the best noisy-validation epoch, data parameters with their "
         f"defaults; asked: not below plain training by more than {-TOLERANCE} points (mean of {len(SEEDS)} seeds).",
