@@ -13,8 +13,6 @@ def test_tables_of_runs_that_are_not_here_are_kept_in_the_order_of_the_experimen
     digits, split, few = (TITLES[name] for name in ("digits_noise", "split_mnist", "permuted_mnist_few"))
     old = "".join(f"## {title}\n\nold\n\n" for title in (split, few, digits, "Left out"))
     results.write_text(f"# Evidence\n\nBefore.\n\n{old}")
-        f"# Evidence\n\nOld.\n\n## {split}\n\nold\n\n## {few}\n\nold\n\n## {digits}\n\nold\n\n## Left out\n\nx\n"
-    )
     for arm in ARMS["permuted_mnist_few"]:
         for seed in range(2):
             folder = root / "permuted_mnist_few" / arm.name / f"seed{seed}"
