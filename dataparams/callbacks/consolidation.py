@@ -46,6 +46,7 @@ from dataparams.callbacks.network import Network
 from dataparams.callbacks.penalty import Penalty, WeightPenalty
 from dataparams.callbacks.replay import Replay, samples_in_batch
 from dataparams.callbacks.slow_weights import slow_weights
+from dataparams.callbacks.task_boundary import Boundary, TaskBoundary
 from dataparams.callbacks.task_importances import likelihood_of, stability_warning, task_importances
 from dataparams.criterion import Criterion
 from dataparams.ids import IndexKey
@@ -130,7 +131,7 @@ class Consolidation(MethodCallback):
         likelihood: Callable[[Tensor, Tensor], Tensor] | None = None,
         replay: int = 0,
         replay_batch: int | None = None,
-        boundary: Literal["auto", "manual"] = "auto",
+        boundary: Boundary = "auto",
         task_key: IndexKey | None = None,
         task_of_epoch: Callable[[int], int] | None = None,
         include: Sequence[str] | None = None,
@@ -145,12 +146,6 @@ class Consolidation(MethodCallback):
         super().__init__(**options)
         if penalty is not None and penalty not in get_args(Penalty):
             raise ValueError(f"penalty must be 'ewc', 'si', 'mas' or None, got {penalty!r}")
-        if boundary not in ("auto", "manual"):
-            raise ValueError(f"boundary must be 'auto' or 'manual', got {boundary!r}")
-        if boundary == "manual" and (task_key is not None or task_of_epoch is not None):
-            raise ValueError("boundary='manual' goes with neither task_key nor task_of_epoch: end_task() ends a task")
-        if task_key is not None and task_of_epoch is not None:
-            raise ValueError("task_key and task_of_epoch both say which task it is: give one")
         if labels not in ("given", "sampled", "expected"):
             raise ValueError(f"labels must be 'given', 'sampled' or 'expected', got {labels!r}")
         strength = STRENGTHS.get(penalty or "", 0.0) if strength is None else strength
@@ -169,9 +164,7 @@ class Consolidation(MethodCallback):
         self.penalty: Penalty | None = penalty
         self.labels: Literal["given", "sampled", "expected"] = labels
         self.likelihood = likelihood
-        self.boundary = boundary
-        self.task_key = task_key
-        self.task_of_epoch = task_of_epoch
+        self.boundary = TaskBoundary(boundary, task_key, task_of_epoch)
         self.include, self.exclude, self.norm_layers = include, tuple(exclude), norm_layers
         self.input_key, self.target_key, self.logits = input_key, target_key, logits
         self.seed = seed
@@ -180,14 +173,12 @@ class Consolidation(MethodCallback):
         self._kept = BatchReservoir(importance_samples, seed) if penalty in ("ewc", "mas") else None
         self._replay = Replay(replay, replay_batch, seed) if replay else None
         self._steps = 0  # batches since the last task ended
-        self._current: Any = None  # the task that the batches say
         self._module: Callable[[], L.LightningModule | None] = _nothing
         self._criterion: Criterion | None = None
         self._slow: dict[str, nn.Parameter] = {}
         self._of_optimizer: dict[int, dict[str, nn.Parameter]] = {}
         self._layers: list[DHPSoftmax] = []
         self._network: Network | None = None
-        self._epochs: Callable[[int], int] | None = None
         self._handles: list[Any] = []
 
     # -- life cycle ------------------------------------------------------------------------------------------------
@@ -212,9 +203,7 @@ class Consolidation(MethodCallback):
         if self.penalties is not None:
             self.penalties.check(dict(pl_module.named_parameters()))
         self._network = Network(pl_module, self.logits, trainer.strategy.root_device)
-        announced = getattr(getattr(trainer, "datamodule", None), "task_of_epoch", None)
-        automatic = self.boundary == "auto" and self.task_key is None
-        self._epochs = (self.task_of_epoch or announced) if automatic else None
+        self.boundary.begin(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Watch the optimizers' steps."""
@@ -234,12 +223,8 @@ class Consolidation(MethodCallback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """An epoch of another task ends the one before, where a resumed fit did not see that epoch's end."""
         super().on_train_epoch_start(trainer, pl_module)
-        if self._session is None or self._epochs is None:
-            return
-        task = self._epochs(trainer.current_epoch)
-        if self._current is not None and task != self._current:
+        if self._session is not None and self.boundary.before_epoch(trainer.current_epoch):
             self.end_task(pl_module)
-        self._current = task
 
     def meet_data(self, num_rows: int | None, base: list[int] | None) -> None:
         """The table is of one training set: another one begins it anew."""
@@ -254,14 +239,8 @@ class Consolidation(MethodCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """With ``task_key``: a batch of another task ends the one before."""
-        if self.task_key is None or self._session is None:
-            return
-        value = read_part(batch, self.task_key, (), len(batch), "task_key")
-        value = value.flatten()[0].item() if isinstance(value, Tensor) else value
-        value = value[0] if isinstance(value, list | tuple) else value
-        if self._current is not None and value != self._current:
+        if self._session is not None and self.boundary.before_batch(batch):
             self.end_task(pl_module)
-        self._current = value
 
     def begin_step(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
         """Labels for the trace; samples for the importances and for replay."""
@@ -312,19 +291,12 @@ class Consolidation(MethodCallback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The last epoch of a task ends it."""
         super().on_train_epoch_end(trainer, pl_module)
-        epoch = trainer.current_epoch
-        if self._session is None or self._epochs is None:
-            return
-        try:
-            later = self._epochs(epoch + 1)
-        except (IndexError, ValueError):  # of a list of tasks, past its end
-            later = None
-        if later != self._epochs(epoch):
+        if self._session is not None and self.boundary.after_epoch(trainer.current_epoch):
             self.end_task(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A fit that ran to its end ends a task."""
-        if self._session is not None and self.boundary == "auto":
+        if self._session is not None and self.boundary.kind == "auto":
             self.end_task(pl_module)
 
     def _leave(self) -> None:
@@ -427,7 +399,7 @@ class Consolidation(MethodCallback):
         """The shared state; anchors and importances; of an unfinished task its path and samples; the reservoir."""
         parts = {"penalties": self.penalties, "kept": self._kept, "replay": self._replay}
         own = {name: part.state_dict() for name, part in parts.items() if part is not None}
-        counts = {"task": self.task, "steps": self._steps, "current": self._current}
+        counts = {"task": self.task, "steps": self._steps, "current": self.boundary.current}
         return {**super().state_dict(), "penalty": self.penalty, "consolidation": {**counts, **own}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -448,7 +420,7 @@ class Consolidation(MethodCallback):
                 raise ValueError(f"the checkpoint's Consolidation was made with other arguments: {name} differs")
             if part is not None:
                 part.load_state_dict(own[name])
-        self.task, self._steps, self._current = own["task"], own["steps"], own["current"]
+        self.task, self._steps, self.boundary.current = own["task"], own["steps"], own["current"]
         if "num_rows" in state_dict:
             super().load_state_dict(state_dict)
 
