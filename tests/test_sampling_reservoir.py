@@ -67,3 +67,25 @@ def test_whole_batches_of_any_shape_are_copies_and_restore():
         assert torch.equal(x["x"], u["x"])
         assert torch.equal(y, v)
         assert u["n"] == 3
+
+
+def test_every_batch_has_the_same_chance_also_after_a_restore_and_a_new_stream():
+    counts, rounds = np.zeros(30), 4000
+    reservoir = BatchReservoir(6)
+    for seed in range(rounds):
+        reservoir = BatchReservoir(6, seed)
+        for number in range(30):
+            if number == 17:  # in another process
+                state, reservoir = reservoir.state_dict(), BatchReservoir(6, seed)
+                reservoir.load_state_dict(state)
+            reservoir.add(number, None, 1)
+        kept = [number for number, _ in reservoir.batches]
+        assert len(set(kept)) == 6
+        counts[kept] += 1
+    expected = rounds * 6 / 30
+    assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
+    last = list(reservoir.batches)
+    reservoir.clear()
+    for number in range(30):
+        reservoir.add(number, None, 1)
+    assert reservoir.batches == last

@@ -1,4 +1,9 @@
-"""A uniform sample of a stream, kept as it passes: Vitter, "Random Sampling with a Reservoir", 1985, algorithm R."""
+"""A uniform sample of a stream, kept as it passes.
+
+Samples of a batch by algorithm R (Vitter, "Random Sampling with a Reservoir", 1985); whole batches, of which a step
+brings but one, by algorithm L (Li, "Reservoir-Sampling Algorithms of Time Complexity O(n(1 + log(N/n)))", 1994), which
+knows beforehand which is next and draws nothing in between.
+"""
 
 from __future__ import annotations
 
@@ -149,20 +154,28 @@ class BatchReservoir:
         self.seen = 0
         self.batches: list[tuple[Any, Any]] = []
         self._capacity: int | None = None
+        self._next = 0  # number of the batch that enters next
+        self._weight = 1.0  # largest of the uniform keys that are kept, in algorithm L
 
     def add(self, inputs: Any, target: Any, count: int) -> None:
         """Offer a batch of ``count`` samples; what enters is copied."""
         if self._capacity is None:
             self._capacity = max(1, -(-self.samples // max(count, 1)))
-        slots, _ = admitted(self.seen, 1, self._capacity, self.seed)
-        self.seen += 1
-        if len(slots):
-            batch = pytree.tree_map(_copy, (inputs, target))
-            self.batches[slots[0] : slots[0] + 1] = [batch]
+        number, self.seen = self.seen, self.seen + 1
+        if number < self._next:
+            return
+        generator = np.random.default_rng(mixed(self.seed, number))
+        slot = number if number < self._capacity else int(generator.integers(self._capacity))
+        self.batches[slot : slot + 1] = [pytree.tree_map(_copy, (inputs, target))]
+        self._next = number + 1
+        if self._next >= self._capacity:
+            self._weight *= float(1 - generator.random()) ** (1 / self._capacity)
+            skipped = np.log1p(-generator.random()) / np.log1p(-self._weight)
+            self._next += int(min(skipped, 2.0**60))
 
     def clear(self) -> None:
         """Begin a new stream."""
-        self.seen, self.batches, self._capacity = 0, [], None
+        self.seen, self.batches, self._capacity, self._next, self._weight = 0, [], None, 0, 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain types."""
@@ -171,6 +184,8 @@ class BatchReservoir:
         return {
             "seen": self.seen,
             "capacity": self._capacity,
+            "next": self._next,
+            "weight": self._weight,
             "batches": [leaves for leaves, _ in flat],
             "structures": structures,
         }
@@ -178,6 +193,7 @@ class BatchReservoir:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore."""
         self.seen, self._capacity = state["seen"], state["capacity"]
+        self._next, self._weight = state["next"], state["weight"]
         self.batches = [
             pytree.tree_unflatten([_copy(leaf) for leaf in leaves], pytree.treespec_loads(structure))
             for leaves, structure in zip(state["batches"], state["structures"], strict=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from bench_consolidation import bench_consolidation
 from bench_continual import bench_continual
 from bench_fits import BATCH, CLASSES, bench_lightning, bench_lookahead
 from bench_selection import bench_refresh, bench_selection
@@ -161,7 +162,7 @@ def bench_memory() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    sections = ["rows", "lightning", "lookahead", "selection", "tasks", "continual"]
+    sections = ["rows", "lightning", "lookahead", "selection", "tasks", "continual", "consolidation"]
     parser.add_argument("--only", nargs="+", choices=sections, default=sections, help="sections (default: all)")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -185,6 +186,8 @@ def main() -> None:
         bench_tasks(options.device)
     if "continual" in options.only:
         bench_continual(options.device, fastest)
+    if "consolidation" in options.only and not gpu:
+        bench_consolidation()
 
 
 if __name__ == "__main__":
