@@ -28,11 +28,21 @@ from omegaconf import DictConfig, OmegaConf
 from dataparams.callbacks.averaging import AveragedWeights
 from dataparams.callbacks.base import MethodCallback
 from dataparams.report.compare import compare
+from dataparams.report.data_report import FILE as REPORT_FILE
+from dataparams.report.data_report import write_report
 from dataparams.report.files import check_writable, replacing, write_json
 from dataparams.report.monitor import DetectionMonitor, SaveOnInterrupt, StepTimer
 from dataparams.report.plots import write_plots
 from dataparams.report.printed import headline, report
-from dataparams.report.results import collect_results, load_checkpoint, methods_at, rows_of_run, write_matrices
+from dataparams.report.quality import with_quality
+from dataparams.report.results import (
+    add_model_labels,
+    collect_results,
+    load_checkpoint,
+    methods_at,
+    rows_of_run,
+    write_matrices,
+)
 from dataparams.report.rows import write_rows
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
@@ -122,10 +132,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         datamodule.setup("test")
         methods = methods_at(makers, checkpoints["last"])
         rows = rows_of_run(methods_at(makers, checkpoints.get("best", checkpoints["last"])), methods, datamodule)
+        device = trainer.strategy.root_device
+        add_model_labels(rows, checkpoints, module, datamodule, device)
+        rows = with_quality(rows)
         write_rows(rows, run_dir / "rows.parquet")
         identity = {name: cfg[name] for name in ("experiment", "method", "seed")}
         identity["max_epochs"] = trainer.max_epochs
-        device = trainer.strategy.root_device
         results = identity | collect_results(checkpoints, rows, methods, module, datamodule, device)
         write_matrices([*methods, module], datamodule, run_dir)
         _write_metrics(run_dir)
@@ -133,6 +145,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         (run_dir / "checkpoints" / "interrupted.ckpt").unlink(missing_ok=True)
         if cfg.plots:
             write_plots(run_dir)
+        if cfg.report:
+            write_report(run_dir, datamodule)
         return results
     return {}
 
@@ -182,7 +196,7 @@ def _saving_when_interrupted(
         checkpoints = _load_checkpoints(run_dir)
         if now := checkpoints.get("interrupted"):
             best, methods = methods_at(makers, checkpoints.get("best", now)), methods_at(makers, now)
-            write_rows(rows_of_run(best, methods, datamodule), run_dir / "rows.parquet")
+            write_rows(with_quality(rows_of_run(best, methods, datamodule)), run_dir / "rows.parquet")
             module.on_load_checkpoint(now)
             write_matrices([*methods, module], datamodule, run_dir)
             _write_metrics(run_dir)
@@ -221,6 +235,7 @@ def _remove_outputs(run_dir: Path) -> None:
     """Remove the files of an earlier run in this folder, so that the two do not mix; nothing else in it is touched."""
     names = [
         "results.json",
+        REPORT_FILE,
         "rows.parquet",
         "metrics.csv",
         *(f"checkpoints/{name}.ckpt" for name in CHECKPOINTS),

@@ -19,7 +19,8 @@ BASELINES = ("none", "equal", "finetune")
 # Settings that tell the methods of a sweep apart, follow from the seed or change no number; two runs that differ in
 # nothing else are a pair.
 PAIRED_APART = (
-    "callbacks", "method", "model.dhp", "model.head", "run_dir", "seed", "tuned", "resume", "plots", "progress_bar"
+    "callbacks", "method", "model.dhp", "model.head", "run_dir", "seed", "tuned", "resume", "plots", "report",
+    "progress_bar"
 )  # fmt: skip
 KEYS = ["experiment", "setting", "method"]
 

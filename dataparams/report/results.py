@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from dataparams.callbacks.base import MethodCallback
 from dataparams.report.files import replacing
 from dataparams.report.monitor import StepTimer
+from dataparams.report.predictions import add_predictions
 from dataparams.report.rows import SCHEMA_VERSION, build_rows, detection_results, detectors_of, merge_frames
 from dataparams.tasks.calibration import calibrated_scores, evaluate
 
@@ -69,6 +70,31 @@ def rows_of_run(best: Sequence[MethodCallback], last: Sequence[MethodCallback], 
         ids=getattr(datamodule, "ids", None),
         detectors=detectors_of(last),
     )
+
+
+def add_model_labels(
+    rows: pd.DataFrame,
+    checkpoints: Mapping[str, Checkpoint],
+    module: L.LightningModule,
+    datamodule: Any,
+    device: torch.device,
+) -> None:
+    """Add ``model_label`` (of several tasks ``model_<task>``) at the best epoch and ``_last``, in place: see
+    :mod:`dataparams.report.predictions`. Nothing where the data module has no ``train_set``, as with tasks one after
+    another.
+
+    Args: those of :func:`collect_results`.
+    """
+    dataset = getattr(datamodule, "train_set", None)
+    if dataset is None:
+        return
+    last = checkpoints["last"]
+    module.to(device)
+    for suffix, checkpoint in (("", checkpoints.get("best", last)), ("_last", last)):
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(_weights(checkpoint, False))
+        add_predictions(rows, module, dataset, suffix)
+    module.to("cpu")
 
 
 def write_matrices(owners: Sequence[Any], datamodule: Any, run_dir: Path) -> None:

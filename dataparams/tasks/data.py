@@ -279,6 +279,10 @@ class NoisyDataModule(L.LightningDataModule):
         black = self.train_set.normalise(torch.zeros(images.shape[1], 1, 1))
         return [crop_and_flip(images, corners, mirrored, self.padding, black), labels]
 
+    def media(self, index: int) -> np.ndarray:
+        """What a person should see of the training sample at this position: its image as published, uint8 (C, H, W)."""
+        return self.train_set.images[index].numpy()
+
     def data_folder(self) -> Path:
         """The folder of data sets, from `data_dir` or the environment.
 

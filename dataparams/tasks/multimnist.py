@@ -187,6 +187,10 @@ class MultiMNISTData(L.LightningDataModule):
             **{f"val_corrupt_{task}": float(wrong.mean()) for task, wrong in self._val_corrupt.items()},
         }
 
+    def media(self, index: int) -> np.ndarray:
+        """What a person should see of the training sample at this position: its picture, uint8 (1, 36, 36)."""
+        return self.train_set.images[index].numpy()
+
     def train_dataloader(self) -> DataLoader:
         return DataLoader(
             self.train_set,
