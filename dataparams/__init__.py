@@ -14,6 +14,7 @@ from dataparams.callbacks import (
     TrainingDynamics,
 )
 from dataparams.optim import DataParameterOptimizer, RowAdam, RowSGD
+from dataparams.report.callback import DataReport
 from dataparams.tables import ParameterTable
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Consolidation",
     "DataParameterOptimizer",
     "DataParameters",
+    "DataReport",
     "InstanceLearningRates",
     "InstanceTaskWeights",
     "LabelSmoothing",

@@ -125,6 +125,15 @@ def indexed_loader(loader: DataLoader, serial: int = 0) -> DataLoader:
     return clone
 
 
+def own_parts(loader: DataLoader) -> tuple[Any, Callable[[Any], Any]]:
+    """Data set and collate function of a training loader as the user made them, also where it is a copy of ours."""
+    dataset, collate = loader.dataset, loader.collate_fn
+    return (
+        dataset._dataset if isinstance(dataset, IndexedDataset) else dataset,
+        collate.collate if isinstance(collate, IndexedCollate) else collate,
+    )
+
+
 def base_positions(dataset: Any) -> list[int] | None:
     """For a (nested) ``Subset`` the positions in the data set below it, else None."""
     if not isinstance(dataset, Subset):

@@ -44,6 +44,7 @@ from dataparams.report.results import (
     write_matrices,
 )
 from dataparams.report.rows import write_rows
+from dataparams.report.tracking import finish, log_report
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 CHECKPOINTS = ("best", "last", "best_ema", "interrupted")
@@ -147,6 +148,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             write_plots(run_dir)
         if cfg.report:
             write_report(run_dir, datamodule)
+        log_report(trainer.loggers, rows, [run_dir / REPORT_FILE, run_dir / "rows.parquet"], results)
+        finish(trainer.loggers)
         return results
     return {}
 
@@ -280,7 +283,7 @@ def list_choices() -> str:
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"dataparams {command}")
     if command == "report":
-        parser.description = "Plots and the most suspicious samples of a finished run."
+        parser.description = "The page report.html, plots and the most suspicious samples of a finished run."
         parser.add_argument("folder", type=Path, metavar="RUN")
         parser.add_argument(
             "--by",
@@ -288,7 +291,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
             metavar="DETECTOR",
             help="the ranking: mean_loss, margin or one that the method adds (default: %(default)s)",
         )
-        parser.add_argument("-k", type=int, default=20, help="how many samples (default: %(default)s)")
+        parser.add_argument("-k", type=int, default=20, help="how many samples to print (default: %(default)s)")
+        parser.add_argument(
+            "--no-data",
+            dest="data",
+            action="store_false",
+            help="no pictures: do not make the run's data module, whose class its config.yaml names",
+        )
     else:
         parser.description = (
             "The table of a sweep: mean, deviation, paired difference to a baseline. Writes summary.csv."
@@ -309,7 +318,7 @@ def main() -> None:
         options = _parser(command).parse_args(sys.argv[2:])
         try:
             if command == "report":
-                report(options.folder, options.by, options.k)
+                report(options.folder, options.by, options.k, options.data)
             else:
                 print(
                     compare(options.folder, options.baseline),

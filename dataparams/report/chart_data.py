@@ -17,6 +17,12 @@ MOST_CLASSES = 100  # of a confusion matrix
 Json = dict[str, Any]
 
 
+def mean_of(column: str) -> str:
+    """In words; a column that is a mean already says so itself."""
+    name = column.replace("_", " ")
+    return name if name.startswith("mean ") else f"mean {name}"
+
+
 def finite(values: Any) -> list[float | None]:
     """Numbers as JSON has them: NaN and infinities become null; five significant digits."""
     return [float(f"{value:.5g}") if np.isfinite(value) else None for value in np.asarray(values, dtype=np.float64)]
@@ -101,7 +107,7 @@ def by_class(rows: pd.DataFrame, given: str, columns: Sequence[str], names: Sequ
     charts = []
     for column in columns:
         means = rows[column].astype(float)[known].groupby(label[known]).mean().reindex(range(len(names)))
-        charts.append({"title": f"mean {column.replace('_', ' ')}", "names": list(names), "values": finite(means)})
+        charts.append({"title": mean_of(column), "names": list(names), "values": finite(means)})
     return charts
 
 
@@ -145,11 +151,13 @@ def curves(epochs: pd.DataFrame, columns: Sequence[str], hidden: Sequence[str] =
         if not parts:
             whole = next((name for name in names if name.endswith(f"/{column}_mean")), None)
             parts = {"mean": whole} if whole else {}
-        grouped[f"mean {column.replace('_', ' ')}"] = parts
+        grouped[mean_of(column)] = parts
     charts = []
     for title, parts in grouped.items():
         series = [{"name": label, "values": finite(epochs[name])} for label, name in parts.items()]
         series = [one for one in series if any(value is not None for value in one["values"])]
         if series:
+            if len(series) == 1 and title in ("accuracy", "error", "loss"):
+                title = series[0]["name"]
             charts.append({"title": title, "x": [int(epoch) for epoch in epochs.index], "series": series})
     return charts

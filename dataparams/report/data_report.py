@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from dataparams.report.compare import BASELINES, read_sweep
-from dataparams.report.media import encode_all, media_source
+from dataparams.report.media import MediaSource, encode_all, media_source
 from dataparams.report.page import write_page
 from dataparams.report.payload import MAX_ROWS, PICTURES, build_payload, pictured
 from dataparams.report.plots import by_epoch
@@ -55,16 +58,52 @@ def write_report(
     )
     if any(name.startswith("model_") for name in rows):
         payload["note"] = MODEL_NOTE.format(when="last" if sequence else "best epoch's")
-    add_media(payload, rows, set(held.tolist()), datamodule, pictures)
+    add_media(payload, rows, held, None if datamodule is None else media_source(datamodule), pictures)
     return write_page(run_dir / FILE, "report", payload)
 
 
-def add_media(payload: dict[str, Any], rows: pd.DataFrame, held: set[int], data: Any, pictures: int) -> None:
-    """Put pictures, sounds or texts of the worst samples into the page's data, where ``data`` has any."""
-    source = media_source(data) if data is not None and pictures else None
-    if source is None:
+def data_of_run(run_dir: Path | str) -> Any:
+    """The data module that a run was made with, from its ``config.yaml``, set up.
+
+    Raises:
+        FileNotFoundError: the folder has no ``config.yaml``, or the data set is not there any more.
+        ValueError: the data module gives other labels than the run's table has, so that pictures would be of others.
+    """
+    run_dir = Path(run_dir)
+    config = run_dir / "config.yaml"
+    if not config.exists():
+        raise FileNotFoundError(f"{config} is not there, and with it how to make the data")
+    datamodule = instantiate(OmegaConf.load(config)["data"], _convert_="all")
+    datamodule.setup("fit")
+    rows = read_rows(run_dir / "rows.parquet")
+    given = getattr(datamodule, "given_labels", None)
+    labels = {f"given_{task}": one for task, one in given.items()} if isinstance(given, Mapping) else {"given_label": given}
+    for column, values in labels.items():
+        if values is None or column not in rows:
+            continue
+        known, values = rows[column], np.asarray(values)
+        held = len(rows) == 0 or rows["index"].max() < len(values)
+        if not held or not np.array_equal(values[rows["index"]][known.notna()], known.dropna().to_numpy()):
+            raise ValueError(f"the data now has other labels than the run's table (column {column})")
+    return datamodule
+
+
+def add_media(
+    payload: dict[str, Any], rows: pd.DataFrame, held: np.ndarray, source: MediaSource | None, pictures: int
+) -> None:
+    """Put pictures, sounds or texts of the worst samples into the page's data, where there is a source of them.
+
+    Args:
+        payload: the page's data, changed in place.
+        rows: the table of samples.
+        held: positions of the samples that the page holds.
+        source: from a position to what a person should see; or None.
+        pictures: of how many of the worst samples, at least.
+    """
+    if source is None or not pictures:
         return
-    wanted = [position for position in pictured(payload, rows, pictures) if position in held]
+    shown = set(held.tolist())
+    wanted = [position for position in pictured(payload, rows, pictures) if position in shown]
     payload["media"] = {str(position): medium for position, medium in encode_all(source, wanted).items()}
 
 

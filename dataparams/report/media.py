@@ -29,9 +29,10 @@ AS_PNG = 64  # sides up to this stay lossless: small drawings suffer from JPEG, 
 BUDGET = 8_000_000  # bytes of all media of a page
 
 Medium = dict[str, Any]
+MediaSource = Callable[[int], Any]  # from a position in the training set to what a person should see
 
 
-def media_source(data: Any) -> Callable[[int], Any] | None:
+def media_source(data: Any) -> MediaSource | None:
     """From a position in the training set to what a person should see of it, or None where nothing can be had.
 
     Args:
@@ -55,7 +56,7 @@ def first_part(item: Any) -> Any:
     return item
 
 
-def encode_all(source: Callable[[int], Any], positions: Iterable[int]) -> dict[int, Medium]:
+def encode_all(source: MediaSource, positions: Iterable[int]) -> dict[int, Medium]:
     """What a page shows, by position, until it is full; samples that have nothing to show are left out."""
     found: dict[int, Medium] = {}
     left = BUDGET

@@ -152,12 +152,12 @@ def _view(rows: pd.DataFrame, task: str, class_names: Any) -> Json:
 
 
 def _column(rows: pd.DataFrame, name: str, task: str) -> str | None:
-    """The column that says ``name`` of a task."""
+    """The column that says ``name`` of a task: at the best epoch, else at the last."""
     if task:
         found = f"{name}_{task}"
     else:
         found = f"{name}_label" if name in ("given", "true", "model") else name
-    return found if found in rows else None
+    return next((column for column in (found, f"{found}_last") if column in rows), None)
 
 
 def _scores(rows: pd.DataFrame, task: str, column: Mapping[str, str | None]) -> list[Json]:
@@ -167,8 +167,6 @@ def _scores(rows: pd.DataFrame, task: str, column: Mapping[str, str | None]) -> 
     ranked = [(column["label_quality"], -1.0)] if column["label_quality"] else []
     if task and column["mean_loss"]:
         ranked.append((column["mean_loss"], 1.0))
-    elif task:
-        ranked += []
     own = [where for name, where in detectors.items() if not task or own_task(name, tasks) == task]
     ranked += own or list(detectors.values())
     scores = []

@@ -1,7 +1,7 @@
 """The label that the model would give each training sample, from one pass over the training set in evaluation mode.
 
-One pass at the best epoch's weights and one at the last ones: what a checkpoint says of a sample it was trained on, not a
-held-out prediction. Where a wrong label was memorised, the two agree with it.
+What a checkpoint says of a sample it was trained on, not a held-out prediction. Where a wrong label was memorised, the two
+agree.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+
+from dataparams.batch import INPUT_NAMES, read_part
 
 BATCH_SIZE = 500
 
@@ -23,11 +25,15 @@ def predicted_labels(module: nn.Module, batches: Iterable[Any]) -> dict[str, np.
     """By column: ``model_label`` for logits ``(B, K)``, ``model_<task>`` for a dictionary of them or of values ``(B,)``.
 
     Args:
-        module: maps the first entry of a batch to logits or a dictionary of outputs; it is left in its modes.
-        batches: tuples (input, ...), or inputs.
+        module: maps the input to logits, to a dictionary of outputs or to something that has ``logits``; it is left in its
+            modes.
+        batches: the input stands at the first position, or under one of the usual names.
 
     Returns:
         Arrays ``(N,)``; empty where the output is neither of these.
+
+    Raises:
+        KeyError: no input in a batch.
     """
     device = next(module.parameters()).device
     modes = [(part, part.training) for part in module.modules()]
@@ -35,8 +41,9 @@ def predicted_labels(module: nn.Module, batches: Iterable[Any]) -> dict[str, np.
     parts: dict[str, list[np.ndarray]] = {}
     try:
         for batch in batches:
-            inputs = batch[0] if isinstance(batch, tuple | list) else batch
-            output = module(inputs.to(device))
+            inputs = batch if isinstance(batch, Tensor) else read_part(batch, None, INPUT_NAMES, 0, "input_key")
+            output = module(move_data_to_device(inputs, device))
+            output = getattr(output, "logits", output)
             named = output if isinstance(output, Mapping) else {"label": output}
             for name, values in named.items():
                 if (labels := _labels(values, name == "label")) is not None:
@@ -55,21 +62,20 @@ def _labels(values: Any, classes_only: bool) -> np.ndarray | None:
     return values.float().cpu().numpy() if values.dim() == 1 and not classes_only else None
 
 
-def add_predictions(rows: pd.DataFrame, module: nn.Module, dataset: Any, suffix: str = "") -> None:
+def add_predictions(rows: pd.DataFrame, module: nn.Module, batches: Iterable[Any], suffix: str = "") -> None:
     """Add the columns of :func:`predicted_labels`, each with ``suffix``, in place.
 
     Args:
-        rows: a table of samples whose ``index`` is the position in ``dataset``.
+        rows: a table of samples whose ``index`` is the position among all samples of ``batches``.
         module: with the weights that are asked.
-        dataset: the training set; nothing is added where its items are not (input, ...) with tensors as inputs.
+        batches: the training set in order.
         suffix: ``""`` or ``"_last"``.
+
+    Raises:
+        ValueError: the batches hold fewer samples than the table names.
     """
-    if not hasattr(dataset, "__len__") or len(dataset) == 0 or not isinstance(dataset[0], tuple | list):
-        return
-    if not isinstance(dataset[0][0], Tensor):
-        return
     index = rows["index"].to_numpy()
-    if len(index) == 0 or index.max() >= len(dataset):
-        return
-    for name, values in predicted_labels(module, DataLoader(dataset, batch_size=BATCH_SIZE)).items():
+    for name, values in predicted_labels(module, batches).items():
+        if len(index) and index.max() >= len(values):
+            raise ValueError(f"the table names sample {index.max()}, the training set gave {len(values)} samples")
         rows[name + suffix] = values[index]

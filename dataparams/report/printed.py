@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from dataparams.report.data_report import data_of_run, write_report
 from dataparams.report.plots import write_plots
 from dataparams.report.rows import STATIC_COLUMNS, detectors_in, read_rows, suspicions
 from dataparams.report.tasks import own_task, scored_tasks, tasks_in
@@ -50,13 +52,14 @@ def _sequence(results: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in known.items())
 
 
-def report(run_dir: Path, by: str, count: int) -> None:
-    """Draw the plots of a finished run again and print its most suspicious samples.
+def report(run_dir: Path, by: str, count: int, with_data: bool = True) -> None:
+    """Make the page and the plots of a finished run again, and print its most suspicious samples.
 
     Args:
         run_dir: a run's folder.
         by: one of the run's detectors, see :func:`dataparams.report.rows.detectors_in`.
         count: how many samples to print.
+        with_data: make the run's data module for pictures; where that fails, the page says so and has none.
 
     Raises:
         FileNotFoundError: no finished run there.
@@ -68,11 +71,22 @@ def report(run_dir: Path, by: str, count: int) -> None:
     scores = suspicions(rows, "_last")
     if by not in scores:
         raise ValueError(f"this run has no {by}: choose --by one of {', '.join(scores)}")
-    paths = write_plots(run_dir)
+    paths = [write_page_of_run(run_dir, with_data), *write_plots(run_dir)]
     worst = rows.loc[scores[by].sort_values(ascending=False).index[:count]]
     print(f"most suspicious by {by.replace('_', ' ')} at the last epoch:")
     print(worst[shown_columns(rows, by)].to_string(index=False, float_format="%.3f"))
     print("\n".join(["", *map(str, paths), str(run_dir / "rows.parquet")]))
+
+
+def write_page_of_run(run_dir: Path, with_data: bool) -> Path:
+    """:func:`dataparams.report.data_report.write_report` with the run's own data, where that can be had."""
+    datamodule = None
+    if with_data:
+        try:
+            datamodule = data_of_run(run_dir)
+        except Exception as error:  # whatever a data module of the user's may raise
+            print(f"no pictures in the page: {error}", file=sys.stderr)
+    return write_report(run_dir, datamodule)
 
 
 def shown_columns(rows: pd.DataFrame, by: str) -> list[str]:

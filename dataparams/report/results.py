@@ -12,11 +12,12 @@ import lightning as L
 import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
 
 from dataparams.callbacks.base import MethodCallback
 from dataparams.report.files import replacing
 from dataparams.report.monitor import StepTimer
-from dataparams.report.predictions import add_predictions
+from dataparams.report.predictions import BATCH_SIZE, add_predictions
 from dataparams.report.rows import SCHEMA_VERSION, build_rows, detection_results, detectors_of, merge_frames
 from dataparams.tasks.calibration import calibrated_scores, evaluate
 
@@ -80,20 +81,23 @@ def add_model_labels(
     device: torch.device,
 ) -> None:
     """Add ``model_label`` (of several tasks ``model_<task>``) at the best epoch and ``_last``, in place: see
-    :mod:`dataparams.report.predictions`. Nothing where the data module has no ``train_set``, as with tasks one after
-    another.
+    :mod:`dataparams.report.predictions`. Nothing where the data module has no ``train_set`` of tuples (input, ...) with a
+    tensor as input, as with tasks one after another.
 
     Args: those of :func:`collect_results`.
     """
     dataset = getattr(datamodule, "train_set", None)
-    if dataset is None:
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not len(dataset):
+        return
+    first = dataset[0]
+    if not isinstance(first, tuple | list) or not isinstance(first[0], torch.Tensor):
         return
     last = checkpoints["last"]
     module.to(device)
     for suffix, checkpoint in (("", checkpoints.get("best", last)), ("_last", last)):
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(_weights(checkpoint, False))
-        add_predictions(rows, module, dataset, suffix)
+        add_predictions(rows, module, DataLoader(dataset, batch_size=BATCH_SIZE), suffix)
     module.to("cpu")
 
 

@@ -46,6 +46,10 @@ class DigitsData(NoisyDataModule):
     def default_val_size(self, pool_size: int) -> int:
         return 270
 
+    def media(self, index: int) -> np.ndarray:
+        """The image with its 0 to 16 spread over 0 to 255, uint8 (1, 8, 8)."""
+        return super().media(index) * 15
+
 
 class MNISTData(NoisyDataModule):
     """MNIST through torchvision's class (LeCun et al., 1998): 28x28 grey digits in

@@ -49,7 +49,8 @@ function legend(entries) {
   }));
 }
 
-function figure(title, svg, entries = [], note) {
+function figure(name, svg, entries = [], note) {
+  const title = `${name[0].toUpperCase()}${name.slice(1)}`;
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", note ? `${title}. ${note}` : title);
   return make("figure", {}, make("h3", {}, title), svg, entries.length > 1 ? legend(entries) : null, note ? make("p", { class: "quiet" }, note) : null);

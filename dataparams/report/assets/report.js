@@ -11,6 +11,7 @@ function decode(column) {
 const columns = new Map(data.columns.map((column) => [column.name, { type: column.type, values: decode(column) }]));
 const index = columns.get("index").values, ids = columns.get("id")?.values ?? index, size = index.length;
 const checked = new Uint8Array(size), hasMedia = Object.keys(data.media).length > 0;
+const named = ids !== index && ids.some((id, row) => String(id) !== String(index[row]));
 let view, score, shown = new Int32Array(0), active = 0;
 
 function cell(name, row) {
@@ -22,7 +23,6 @@ function className(value) {
   if (value === null || value === -1) return "none";
   return view.classes ? view.classes[value] ?? String(value) : Number.isInteger(value) ? String(value) : number(value);
 }
-function isClass(name) { return view.classes && (name === view.given || name === view.true || name === view.model); }
 
 // ---- order and filters -------------------------------------------------------------------------------------------------
 const orders = new Map();  // a sort of 1e5 rows takes some 50 ms: each is done once
@@ -45,7 +45,8 @@ function update(keepPlace = false) {
   const order = ordered(score), values = columns.get(score.column).values, limit = threshold(), reversed = by("direction").value === "best";
   const given = view.given ? columns.get(view.given).values : null, wanted = by("given").value === "" ? null : Number(by("given").value);
   const model = view.model ? columns.get(view.model).values : null, modelWanted = by("model").value === "" ? null : Number(by("model").value);
-  const which = by("which").value, flags = which === "issues" ? columns.get(view.is_label_issue).values : null;
+  const which = by("which").value, wrong = view.is_corrupt ? columns.get(view.is_corrupt).values : null;
+  const flags = which === "issues" ? columns.get(view.is_label_issue).values : which === "wrong" ? wrong : null;
   const find = by("find").value.trim(), kept = new Int32Array(size);
   let count = 0;
   for (let place = 0; place < size; place++) {
@@ -56,6 +57,7 @@ function update(keepPlace = false) {
     if (which === "checked" && !checked[row]) continue;
     if (which === "disagree" && given[row] === model[row]) continue;
     if (flags && !flags[row]) continue;
+    if (which === "right" && wrong[row]) continue;
     if (find && String(index[row]) !== find && !String(ids[row]).includes(find)) continue;
     kept[count++] = row;
   }
@@ -88,7 +90,7 @@ function layout() {
   const list = by("list"), room = list.clientWidth - GAP;
   across = Math.max(1, Math.floor(room / (LEAST + GAP)));
   wide = room / across - GAP;
-  tall = (hasMedia ? 150 : 14) + 34 + 21 * labelRows().length + 20 * Math.min(numberRows().length, 6) + 30;
+  tall = (hasMedia ? 150 : 14) + 34 + 21 * labelRows().length + 20 * Math.min(numberRows().length, 7) + 30;
   by("spacer").style.height = `${Math.ceil(shown.length / across) * (tall + GAP) + GAP}px`;
   for (const card of cards.values()) card.remove();
   cards.clear();
@@ -97,7 +99,9 @@ function layout() {
 function paint() {
   const list = by("list"), first = Math.max(Math.floor(list.scrollTop / (tall + GAP)) - 1, 0) * across;
   const last = Math.min((Math.ceil((list.scrollTop + list.clientHeight) / (tall + GAP)) + 1) * across, shown.length);
-  for (const [place, card] of cards) if (place < first || place >= last) { card.remove(); cards.delete(place); }
+  for (const [place, card] of cards) {  // the one with the focus stays, wherever it is
+    if ((place < first || place >= last) && !card.contains(document.activeElement)) { card.remove(); cards.delete(place); }
+  }
   for (let place = first; place < last; place++) {
     if (!cards.has(place)) {
       const made = card(place);
@@ -107,24 +111,26 @@ function paint() {
   }
 }
 function labelRows() {
-  return [["given", view.given], ["model", view.model], ["right", view.true]].filter(([, name]) => name);
+  return [["id", named ? "id" : null], ["given", view.given], ["model", view.model], ["right", view.true]].filter(([, name]) => name);
 }
+function labelText(name, row) { return name === "id" ? String(ids[row]) : className(cell(name, row)); }
 function numberRows() {
   const labels = new Set(["index", "id", view.given, view.true, view.model, view.is_corrupt, view.is_label_issue]);
   const others = data.views.filter((one) => one !== view).map((one) => one.task);
   const names = [...columns.keys()].filter((name) => !labels.has(name) && !name.endsWith("_last"));
   const own = names.filter((name) => !others.some((task) => name.endsWith(`_${task}`)) && !(view.task && name === "given_label"));
-  return [score.column, ...own.filter((name) => name !== score.column)];
+  const ranking = view.scores.map((each) => each.column).filter((name) => !name.endsWith("_last"));
+  return [...new Set([score.column, ...ranking, ...own])];
 }
 function card(place) {
-  const row = shown[place], box = make("input", { type: "checkbox", tabIndex: -1 });
+  const row = shown[place], texts = labelRows().map(([word, column]) => [word, labelText(column, row)]);
+  const box = make("input", { type: "checkbox", tabIndex: place === active ? 0 : -1 });
   box.checked = checked[row] === 1;
-  box.setAttribute("aria-label", `Sample ${index[row]}`);
+  box.setAttribute("aria-label", `Sample ${index[row]}: ${texts.map((pair) => pair.join(" ")).join(", ")}`);
   const flagged = view.is_label_issue && cell(view.is_label_issue, row);
-  const name = String(ids[row]) === String(index[row]) ? `#${index[row]}` : `#${index[row]} · ${ids[row]}`;
-  const head = make("label", { class: "head" }, make("span", { title: name }, name), flagged ? make("b", { class: "flag" }, "label issue") : null, box);
+  const head = make("label", { class: "head" }, make("span", {}, `#${index[row]}`), flagged ? make("b", { class: "flag" }, "label issue") : null, box);
   const labels = make("dl", { class: "labels" });
-  for (const [word, column] of labelRows()) labels.append(make("dt", {}, word), make("dd", { title: className(cell(column, row)) }, className(cell(column, row))));
+  for (const [word, text] of texts) labels.append(make("dt", {}, word), make("dd", { title: text }, text));
   const numbers = make("dl", { class: "numbers" });
   for (const column of numberRows()) {
     const value = cell(column, row), kind = column === score.column ? "ranked" : "";
@@ -134,7 +140,7 @@ function card(place) {
   const card = make("div", { class: `sample${hasMedia ? "" : " no-media"}${checked[row] ? " checked" : ""}${place === active ? " active" : ""}`, role: "listitem", id: `sample-${place}` }, head, medium(row), labels, numbers);
   card.style.cssText = `left:${GAP + (place % across) * (wide + GAP)}px;top:${GAP + Math.floor(place / across) * (tall + GAP)}px;width:${wide}px;height:${tall}px`;
   box.addEventListener("change", () => check(place, box.checked));
-  card.addEventListener("pointerdown", () => activate(place, false));
+  box.addEventListener("focus", () => activate(place, false));
   return card;
 }
 function medium(row) {
@@ -159,25 +165,29 @@ function check(place, value) {
   if (card) { card.classList.toggle("checked", value); card.querySelector("input").checked = value; }
   say();
 }
-function activate(place, scroll = true) {
-  if (!shown.length) return;
-  cards.get(active)?.classList.remove("active");
+// One sample at a time can be reached with Tab; arrow keys move on from it.
+function activate(place, move = true) {
+  const before = cards.get(active);
   active = Math.min(Math.max(place, 0), shown.length - 1);
-  const list = by("list"), top = Math.floor(active / across) * (tall + GAP);
-  if (scroll && top < list.scrollTop) list.scrollTop = top;
-  if (scroll && top + tall + 2 * GAP > list.scrollTop + list.clientHeight) list.scrollTop = top + tall + 2 * GAP - list.clientHeight;
-  paint();
-  cards.get(active)?.classList.add("active");
-  list.setAttribute("aria-activedescendant", `sample-${active}`);
+  if (move) {
+    const list = by("list"), top = Math.floor(active / across) * (tall + GAP);
+    if (top < list.scrollTop) list.scrollTop = top;
+    if (top + tall + 2 * GAP > list.scrollTop + list.clientHeight) list.scrollTop = top + tall + 2 * GAP - list.clientHeight;
+    paint();
+  }
+  if (before && before !== cards.get(active)) { before.classList.remove("active"); before.querySelector("input").tabIndex = -1; }
+  const card = cards.get(active);
+  card.classList.add("active");
+  card.querySelector("input").tabIndex = 0;
+  if (move) card.querySelector("input").focus({ preventScroll: true });
 }
 by("list").addEventListener("scroll", () => requestAnimationFrame(paint), { passive: true });
 by("list").addEventListener("keydown", (event) => {
-  if (event.target.closest("audio")) return;
+  if (event.target.type !== "checkbox") return;
   const page = across * Math.max(Math.floor(by("list").clientHeight / (tall + GAP)), 1);
   const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: across, ArrowUp: -across, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity };
-  if (event.key in steps) activate(active + steps[event.key]);
-  else if (event.key === " " && shown.length) check(active, !checked[shown[active]]);
-  else return;
+  if (!(event.key in steps)) return;
+  activate(active + steps[event.key]);
   event.preventDefault();
 });
 let lastWidth = 0;
@@ -238,7 +248,7 @@ function charts() {
     drawn.push(barChart("What a selection took in, and when", rounds, kinds, { xLabel: "epoch at whose start the samples came in", yLabel: "samples" }));
   }
   for (const curve of data.curves) drawn.push(lineChart(curve, { marked: best, markedName: best === null ? "" : `best epoch (${best + 1})` }));
-  for (const bars of view.by_class) drawn.push(barChart(`${bars.title[0].toUpperCase()}${bars.title.slice(1)} by given label`, bars.names, { all: bars.values }, { xLabel: "given label" }));
+  for (const bars of view.by_class) drawn.push(barChart(`${bars.title} by given label`, bars.names, { all: bars.values }, { xLabel: "given label" }));
   for (const heat of [...view.heat, ...data.matrices]) drawn.push(heatChart(heat));
   grid.replaceChildren(...drawn);
 }
@@ -262,7 +272,7 @@ function open(one) {
   options(by("model"), [["", "all"], ...classes]);
   for (const label of document.querySelectorAll(".class-filter")) label.hidden = !view.classes;
   by("model-filter").hidden = !(view.classes && view.model);
-  options(by("which"), [["all", "all samples"], ...(view.is_label_issue ? [["issues", "label issues"]] : []), ...(view.model && view.classes ? [["disagree", "model disagrees"]] : []), ["checked", "checked only"]]);
+  options(by("which"), [["all", "all samples"], ...(view.is_label_issue ? [["issues", "label issues"]] : []), ...(view.model && view.classes ? [["disagree", "model disagrees"]] : []), ...(view.is_corrupt ? [["wrong", "known wrong"], ["right", "known right"]] : []), ["checked", "checked only"]]);
   by("threshold").value = 0;
   charts();
   update();
