@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,9 +136,8 @@ def finished(tmp_path_factory):
 
 def test_a_run_writes_its_contract(finished):
     folder, results = finished
-    assert {"config.yaml", "metrics.csv", "results.json", "rows.parquet", "accuracy.png", "detectors.png"} <= files_in(
-        folder
-    )
+    expected = {"config.yaml", "metrics.csv", "results.json", "rows.parquet", "report.html"}
+    assert expected | {"accuracy.png", "detectors.png"} <= files_in(folder)
     assert not [path for path in folder.rglob(".*") if path.is_file()]  # nothing half-written is left beside
     written = json.loads((folder / "results.json").read_text())
     assert written == results
@@ -179,6 +179,53 @@ def test_rows_hold_every_sample_with_the_truth_of_the_data(finished):
     np.testing.assert_array_equal(rows["true_label"], data.true_labels)
     np.testing.assert_array_equal(rows["is_corrupt"], data.is_corrupt)
     assert (rows["visits_last"] == 2).all()
+
+
+def test_rows_hold_the_labels_of_the_model_at_both_epochs(finished):
+    folder, results = finished
+    rows = read_rows(folder / "rows.parquet")
+    data = DigitsData(batch_size=32, noise="symmetric", noise_rate=0.4, seed=0)
+    data.setup("fit")
+    for name, suffix in (("best", ""), ("last", "_last")):
+        module = instantiate(configured("unused", "method=none").module, _convert_="all")
+        checkpoint = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        module.load_state_dict(checkpoint["current_model_state"])  # the raw weights, beside the averaged
+        images = torch.stack([data.train_set[place][0] for place in range(len(data.train_set))])
+        with torch.no_grad():
+            expected = module.eval()(images).argmax(1)
+        assert (rows[f"model_label{suffix}"].to_numpy() == expected.numpy()).mean() > 0.999
+    np.testing.assert_allclose(rows["label_quality"], np.exp(-rows["mean_loss"]))
+    assert rows["is_label_issue"].dtype == bool
+    assert results["num_samples"] == len(rows)
+
+
+def test_the_page_of_a_run_shows_its_worst_samples(finished, tmp_path, monkeypatch, capsys):
+    folder, results = finished
+    rows = read_rows(folder / "rows.parquet")
+
+    def data_of(page):
+        return json.loads(page.read_text().partition('id="data">')[2].partition("</script>")[0])
+
+    data = data_of(folder / "report.html")
+    assert f"{results['test_accuracy_last']:.1%} at the last" in data["paragraph"]
+    worst = rows["mean_loss"].sort_values(ascending=False, kind="stable").index[:200]
+    assert {str(place) for place in worst} <= set(data["media"])
+
+    copied = tmp_path / "run"
+    shutil.copytree(folder, copied)
+    for arguments, pictures in (([], True), (["--no-data"], False)):
+        (copied / "report.html").unlink()
+        monkeypatch.setattr(sys, "argv", ["dataparams", "report", str(copied), *arguments])
+        main()
+        assert bool(data_of(copied / "report.html")["media"]) is pictures
+    config = OmegaConf.load(copied / "config.yaml")
+    config.data.seed = 1  # another division of the data: its pictures would be of other samples
+    OmegaConf.save(config, copied / "config.yaml")
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["dataparams", "report", str(copied)])
+    main()
+    assert "no pictures in the page: the data now has other labels" in capsys.readouterr().err
+    assert data_of(copied / "report.html")["media"] == {}
 
 
 def test_areas_and_gap_follow_from_the_rows(finished):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -30,16 +30,17 @@ from dataparams.report.tracking import log_report
 
 
 class DataReport(L.Callback):
-    """When a fit ends, writes ``report.html`` (a page of one file, for a person) and ``rows.parquet`` (a line a sample).
+    """When a fit ends, writes ``report.html`` (a page for a person) and ``rows.parquet`` (a line a sample).
 
     It shows what the method callbacks of the trainer learned and recorded: put at least one beside it, if only
-    ``TrainingDynamics()``, which changes nothing in the training. The page needs no network and can be handed on. Only the
-    first process writes.
+    ``TrainingDynamics()``, which changes nothing in the training. The page needs no network and can be handed on.
+    Only the first process writes.
 
     Args:
         folder: where both files go; default: ``report`` in the logger's folder, else in ``trainer.default_root_dir``.
-        monitor: a logged metric that says which epoch was the best; the table then has each column at the best epoch and,
-            suffixed ``_last``, at the last. Default: the last epoch stands for both.
+        monitor: a metric that says which epoch was the best, logged before the module's ``on_train_epoch_end``; the
+            table then has each column at the best epoch and, suffixed ``_last``, at the last. Default: only the last
+            epoch's.
         mode: ``"min"`` or ``"max"``: which values of ``monitor`` are better.
         media: from a sample's position in the training set to what a person should see of it: an image, ``(samples,
             rate)`` of a sound, which the page plays, a text, a path, or None; see :mod:`dataparams.report.media`.
@@ -130,7 +131,9 @@ class DataReport(L.Callback):
         folder = self._folder(trainer)
         dataset = _training_set(trainer)
         rows = self._rows(trainer)
-        if self.predict and isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):  # others divide the module
+        if self.predict and isinstance(
+            trainer.strategy, SingleDeviceStrategy | DDPStrategy
+        ):  # others divide the module
             with _not_fatal("no labels of the model in the report"), isolated(trainer.strategy.root_device):
                 batches = _batches(trainer, dataset)
                 if batches is not None:
@@ -259,7 +262,8 @@ class DataReport(L.Callback):
 
 
 def _methods(trainer: L.Trainer) -> list[MethodCallback]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, MethodCallback)]  # type: ignore[attr-defined]
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, MethodCallback)]
 
 
 def _datamodule(trainer: L.Trainer) -> Any:

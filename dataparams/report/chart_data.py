@@ -29,8 +29,8 @@ def finite(values: Any) -> list[float | None]:
 
 
 def histogram(values: pd.Series, corrupt: np.ndarray | None) -> Json | None:
-    """Counts in 40 bins between the 0.1% and the 99.9% quantile, the rest in the outer bins; clean and corrupt apart where
-    known. None where there is nothing to count."""
+    """Counts in 40 bins between the 0.1% and the 99.9% quantile, the rest in the outer bins; clean and corrupt apart
+    where known. None where there is nothing to count."""
     numbers = values.to_numpy(dtype=np.float64)
     seen = np.isfinite(numbers)
     if not seen.any():
@@ -75,7 +75,9 @@ def detection(suspicion: np.ndarray, sign: float, corrupt: np.ndarray) -> Json |
     }
 
 
-def confusion(down: pd.Series, across: pd.Series, names: Sequence[str], title: str, axes: tuple[str, str]) -> Json | None:
+def confusion(
+    down: pd.Series, across: pd.Series, names: Sequence[str], title: str, axes: tuple[str, str]
+) -> Json | None:
     """Shares of each given class by the other label, as a heat map; None for too many classes."""
     count = len(names)
     rows, columns = (np.asarray(labels.fillna(-1), dtype=np.int64) for labels in (down, across))

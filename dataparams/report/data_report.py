@@ -1,4 +1,4 @@
-"""``report.html`` of a finished run: one file for a person to look at, made from the run's files and its data module."""
+"""``report.html`` of a finished run: one file for a person, made from the run's files and its data module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from dataparams.report.rows import read_rows
 from dataparams.report.tasks import scored_tasks
 
 FILE = "report.html"
-MODEL_NOTE = "The model's label is that of the {when} weights in one pass over the training set, on which they were trained."
+MODEL_NOTE = (
+    "The model's label is that of the {when} weights in one pass over the training set, on which they were trained."
+)
 
 
 def write_report(
@@ -49,7 +51,7 @@ def write_report(
     payload, held = build_payload(
         rows,
         title=f"{results['experiment']}, {results['method']}, seed {results['seed']}",
-        paragraph=paragraph(results, baseline_results(run_dir, results)),
+        paragraph=paragraph(results, len(rows), baseline_results(run_dir, results)),
         class_names=names_of_classes(datamodule),
         epochs=by_epoch(pd.read_csv(metrics)) if metrics.exists() else None,
         matrices={path.stem: pd.read_csv(path, index_col=0) for path in sorted(run_dir.glob("*_matrix.csv"))},
@@ -73,11 +75,12 @@ def data_of_run(run_dir: Path | str) -> Any:
     config = run_dir / "config.yaml"
     if not config.exists():
         raise FileNotFoundError(f"{config} is not there, and with it how to make the data")
-    datamodule = instantiate(OmegaConf.load(config)["data"], _convert_="all")
+    datamodule = instantiate(OmegaConf.select(OmegaConf.load(config), "data"), _convert_="all")
     datamodule.setup("fit")
     rows = read_rows(run_dir / "rows.parquet")
     given = getattr(datamodule, "given_labels", None)
-    labels = {f"given_{task}": one for task, one in given.items()} if isinstance(given, Mapping) else {"given_label": given}
+    several = isinstance(given, Mapping)
+    labels = {f"given_{task}": one for task, one in given.items()} if several else {"given_label": given}
     for column, values in labels.items():
         if values is None or column not in rows:
             continue
@@ -117,31 +120,32 @@ def baseline_results(run_dir: Path, results: Mapping[str, Any]) -> dict[str, Any
     if not (run_dir.parent / "multirun.yaml").exists() or results["method"] in BASELINES:
         return None
     runs = read_sweep(run_dir.parent)
-    own = runs[runs["folder"] == str(run_dir)]
+    own: Any = runs[runs["folder"] == str(run_dir)]
     if own.empty:
         return None
-    same = runs[(runs["context"] == own["context"].iloc[0]) & (runs["seed"] == results["seed"])]
+    same: Any = runs[(runs["context"] == own["context"].iloc[0]) & (runs["seed"] == results["seed"])]
     found = [same[same["method"] == method] for method in BASELINES]
     return next((one.iloc[0].to_dict() for one in found if len(one)), None)
 
 
-def paragraph(results: Mapping[str, Any], baseline: Mapping[str, Any] | None = None) -> str:
+def paragraph(results: Mapping[str, Any], count: int, baseline: Mapping[str, Any] | None = None) -> str:
     """The run in a few sentences: data, noise, method, scores at the best epoch and at the last, next to a baseline."""
-    count = results.get("num_samples", results.get("train_size"))
     sentences = [f"{results.get('data', results['experiment'])}: {count:,} training samples{_noise(results)}."]
     sentences.append(f"Method {results['method']}, seed {results['seed']}, {results['epochs']} epochs.")
     tasks = scored_tasks(results)
     keys = {f"{task}_{score}": task.replace("_", " ") for task, score in tasks.items()} or {"test_accuracy": "test"}
     if "average_accuracy" in results:
         sentences.append(_sentence("Average test accuracy", results["average_accuracy"], "after all tasks"))
-        if pd.notna(results.get("forgetting")):
+        if results.get("forgetting") is not None:
             sentences.append(f"Forgetting: {100 * results['forgetting']:.1f} points.")
     for key, name in keys.items():
         if f"{key}_best" not in results:
             continue
         kind = f"{name} {'error' if key.endswith('error') else 'accuracy'}"
         best, last = (_value(results[f"{key}_{when}"], key) for when in ("best", "last"))
-        text = f"{kind[0].upper()}{kind[1:]}: {best} at the best epoch ({results['best_epoch'] + 1}), {last} at the last"
+        text = (
+            f"{kind[0].upper()}{kind[1:]}: {best} at the best epoch ({results['best_epoch'] + 1}), {last} at the last"
+        )
         if baseline is not None and f"{key}_best" in baseline:
             others = (_value(baseline[f"{key}_{when}"], key) for when in ("best", "last"))
             text += f" ({baseline['method']}: {', '.join(others)})"
@@ -158,7 +162,7 @@ def _noise(results: Mapping[str, Any]) -> str:
 
 
 def _value(value: float | None, key: str) -> str:
-    if value is None or pd.isna(value):
+    if value is None or np.isnan(value):
         return "unknown"
     return f"{value:.3f}" if key.endswith("error") else f"{value:.1%}"
 

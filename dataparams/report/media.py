@@ -1,10 +1,17 @@
 """Pictures, sounds and texts of samples, as a page can hold them.
 
-A data module that has a method ``media(index)`` says itself what a person should see of the training sample at this
-position: an image (PIL, or an array ``(H, W)``, ``(C, H, W)`` or ``(H, W, C)``, uint8 or floats), a sound
-(``(samples, rate)``, samples ``(T,)`` or ``(C, T)``, floats in [-1, 1] or int16), a text, a path to an image or a WAV file,
-or None. Where there is no such method, the first part of the training set's item is taken by the same rules, floats outside
-[0, 1] scaled from their least to their largest value; what is neither of these (a vector of features) has no picture.
+A data module with a method ``media(index)`` says what a person should see, or hear, of the training sample there:
+
+- image: PIL, or an array or tensor ``(H, W)``, ``(C, H, W)`` or ``(H, W, C)``, uint8 or floats;
+- sound: ``(samples, rate)``, the samples ``(T,)`` or ``(C, T)`` floats in [-1, 1] or int16, the rate an int in Hz. The
+  page draws the waveform and plays it (kind ``"audio"``): the first 4 s, at 16 kHz or less;
+- text;
+- a ``Path`` to an image or to a WAV file of 16 bits;
+- ``None``: nothing to show.
+
+Where there is no such method, the first part of the training set's item is taken by the same rules, floats outside
+[0, 1] scaled from their least to their largest value; what is none of these (a vector of features) has no picture. In
+a training of one's own, a function does the same: ``DataReport(media=lambda index: (waveforms[index], 16_000))``.
 """
 
 from __future__ import annotations
@@ -99,7 +106,7 @@ def _is_sound(item: Any) -> bool:
         return False
     samples, rate = item
     is_array = isinstance(samples, torch.Tensor | np.ndarray) and samples.ndim in (1, 2) and max(samples.shape) >= 256
-    return is_array and isinstance(rate, int | np.integer) and not isinstance(rate, bool) and rate >= 1000
+    return bool(is_array and isinstance(rate, int | np.integer) and not isinstance(rate, bool) and rate >= 1000)
 
 
 def _array(values: np.ndarray) -> Medium | None:
@@ -107,7 +114,9 @@ def _array(values: np.ndarray) -> Medium | None:
         values = np.moveaxis(values, 0, 2)
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
-    if min(values.shape[:2], default=0) < 4 or not (values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (3, 4))):
+    if min(values.shape[:2], default=0) < 4 or not (
+        values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (3, 4))
+    ):
         return None
     if values.dtype != np.uint8:
         values = np.nan_to_num(values.astype(np.float64))
@@ -136,7 +145,9 @@ def read_wav(path: Path) -> tuple[np.ndarray, int]:
     """
     with wave.open(str(path)) as file:
         if file.getsampwidth() != 2:
-            raise ValueError(f"{path} has samples of {8 * file.getsampwidth()} bits; media() may return (samples, rate)")
+            raise ValueError(
+                f"{path} has samples of {8 * file.getsampwidth()} bits; media() may return (samples, rate)"
+            )
         samples = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2").reshape(-1, file.getnchannels())
         return samples.mean(axis=1).astype(np.int16), file.getframerate()
 

@@ -71,8 +71,8 @@ def build_payload(
 
 
 def pictured(payload: Json, rows: pd.DataFrame, count: int = PICTURES) -> list[int]:
-    """Positions of the samples that get a picture: the worst ``count`` by the default ranking, and the worst few by every
-    other score and task."""
+    """Positions of the samples that get a picture: the worst ``count`` by the default ranking, and the worst few by
+    every other score and task."""
     rows = with_quality(rows)
     chosen: dict[int, None] = {}
     first = True
@@ -137,7 +137,9 @@ def _view(rows: pd.DataFrame, task: str, class_names: Any) -> Json:
         for name, (title, axis) in pairs.items():
             if column[name]:
                 heat.append(
-                    chart_data.confusion(given, rows[column[name]], classes, f"given label and {title}", ("given", axis))
+                    chart_data.confusion(
+                        given, rows[column[name]], classes, f"given label and {title}", ("given", axis)
+                    )
                 )
     shown = list(dict.fromkeys(score["column"] for score in scores if score["base"] == score["column"]))
     return {
@@ -161,9 +163,11 @@ def _column(rows: pd.DataFrame, name: str, task: str) -> str | None:
 
 
 def _scores(rows: pd.DataFrame, task: str, column: Mapping[str, str | None]) -> list[Json]:
-    """What samples can be ranked by: label quality first, then the detectors, each at the best epoch and at the last."""
+    """What samples can be ranked by: label quality, then the detectors, each at the best epoch and at the last."""
     tasks = tasks_in(rows)
-    detectors = {name: where for name, where in detectors_in(rows).items() if own_task(name, tasks) in (None, task or None)}
+    detectors = {
+        name: where for name, where in detectors_in(rows).items() if own_task(name, tasks) in (None, task or None)
+    }
     ranked = [(column["label_quality"], -1.0)] if column["label_quality"] else []
     if task and column["mean_loss"]:
         ranked.append((column["mean_loss"], 1.0))

@@ -1,7 +1,7 @@
 """The label that the model would give each training sample, from one pass over the training set in evaluation mode.
 
-What a checkpoint says of a sample it was trained on, not a held-out prediction. Where a wrong label was memorised, the two
-agree.
+What a checkpoint says of a sample it was trained on, not a held-out prediction. Where a wrong label was memorised,
+the two agree.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ BATCH_SIZE = 500
 
 @torch.no_grad()
 def predicted_labels(module: nn.Module, batches: Iterable[Any]) -> dict[str, np.ndarray]:
-    """By column: ``model_label`` for logits ``(B, K)``, ``model_<task>`` for a dictionary of them or of values ``(B,)``.
+    """By column: ``model_label`` of logits ``(B, K)``, ``model_<task>`` of a dictionary of them or of values ``(B,)``.
 
     Args:
-        module: maps the input to logits, to a dictionary of outputs or to something that has ``logits``; it is left in its
-            modes.
+        module: maps the input to logits, to a dictionary of outputs or to something that has ``logits``; it is left
+            in its modes.
         batches: the input stands at the first position, or under one of the usual names.
 
     Returns:

@@ -1,15 +1,17 @@
 """``label_quality`` and ``is_label_issue``: what a run says about each label, under the names that cleanlab uses.
 
-``label_quality = exp(-mean_loss)`` in [0, 1], low is suspicious: the geometric mean, over the visits of the sample, of the
-probability that the model gave to its label. It is the self-confidence of Northcutt et al., "Confident Learning", JAIR 2021,
-watched over training where they take one held-out prediction, and it ranks as ``mean_loss`` does. For a regression the
-loss has no scale of its own: ``2 ** -(mean_loss / median)``, so that the median sample has 0.5 (our choice).
+``label_quality = exp(-mean_loss)`` in [0, 1], low is suspicious: the geometric mean, over the visits of the sample, of
+the probability that the model gave to its label. It is the self-confidence of Northcutt et al., "Confident Learning",
+JAIR 2021, watched over training where they take one held-out prediction, and it ranks as ``mean_loss`` does. For a
+regression the loss has no scale of its own: ``2 ** -(mean_loss / median)``, so that the median sample has 0.5 (our
+choice).
 
-``is_label_issue``: the mean loss lies beyond the valley between the labels that the model believes and those that it does not
-(:func:`dataparams.functional.clean_fraction`: none where there is no valley, as for right labels), and the mean margin is
-negative: on average another class had the larger logit (the averaged margin of Pleiss et al., NeurIPS 2020, at a threshold
-of zero). Joining the two is our choice. For a regression: mean loss beyond Tukey's upper fence, the third quartile and one
-and a half interquartile ranges.
+``is_label_issue``: the mean loss lies beyond the valley between the labels that the model believes and those that it
+does not (:func:`dataparams.functional.clean_fraction`: none where there is no valley, as for right labels), and the
+mean margin is negative: on average another class had the larger logit (the averaged margin of Pleiss et al., NeurIPS
+2020, at a threshold of zero). Joining the two is our choice. For a regression: mean loss beyond Tukey's upper fence,
+the third quartile and one and a half interquartile ranges; where a quarter of the targets or more are wrong they move
+the fence, and most go unflagged: rank by quality there.
 """
 
 from __future__ import annotations
@@ -39,9 +41,7 @@ def label_quality(mean_loss: pd.Series, regression: bool = False) -> np.ndarray:
     return np.exp(-np.maximum(loss, 0.0))
 
 
-def is_label_issue(
-    mean_loss: pd.Series, mean_margin: pd.Series | None = None, regression: bool = False
-) -> np.ndarray:
+def is_label_issue(mean_loss: pd.Series, mean_margin: pd.Series | None = None, regression: bool = False) -> np.ndarray:
     """Bool ``(N,)``: the labels that look wrong; see the module's docstring for the rule.
 
     Args:
@@ -66,10 +66,10 @@ def is_label_issue(
 
 
 def with_quality(rows: pd.DataFrame) -> pd.DataFrame:
-    """``rows`` with ``label_quality`` and ``is_label_issue`` at the best epoch (and ``_last``), where there is a mean loss.
+    """``rows`` with ``label_quality`` and ``is_label_issue`` (and the same ``_last``), where there is a mean loss.
 
-    With several tasks ``label_quality_<task>`` and ``is_label_issue_<task>`` for each that has a ``mean_loss_<task>``; the
-    columns without a name speak of the main task, as ``mean_loss`` does.
+    With several tasks ``label_quality_<task>`` and ``is_label_issue_<task>`` for each that has a
+    ``mean_loss_<task>``; the columns without a name speak of the main task, as ``mean_loss`` does.
     """
     made: dict[str, np.ndarray] = {}
     for task in ("", *(f"_{name}" for name in _tasks(rows))):

@@ -81,12 +81,12 @@ def add_model_labels(
     device: torch.device,
 ) -> None:
     """Add ``model_label`` (of several tasks ``model_<task>``) at the best epoch and ``_last``, in place: see
-    :mod:`dataparams.report.predictions`. Nothing where the data module has no ``train_set`` of tuples (input, ...) with a
-    tensor as input, as with tasks one after another.
+    :mod:`dataparams.report.predictions`. Nothing where the data module has no ``train_set`` of tuples (input, ...)
+    with a tensor as input, as with tasks one after another.
 
     Args: those of :func:`collect_results`.
     """
-    dataset = getattr(datamodule, "train_set", None)
+    dataset: Any = getattr(datamodule, "train_set", None)
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not len(dataset):
         return
     first = dataset[0]
