@@ -35,7 +35,7 @@ NOTE = (
     "1 / sqrt(inputs). Differences are paired by seed, in points, to arms with the same initial weights and order: "
     "*- finetune* to plain training, *DHP adds* to the same penalty without the trace. *Published*: Thangarasa, Miconi "
     "and Taylor, IJCNN 2020 (poster), kaiming head, longer training. Strengths were chosen on validation data of seed "
-    "10."
+    "11, for each head."
 )
 
 
@@ -98,7 +98,7 @@ def checks(experiment: str, arms: Mapping[str, Runs]) -> list[Check]:
             if experiment == "split_mnist" and name != "si" and not suffix:
                 seen = sum(run["average_accuracy"] for run in runs) / len(runs)
                 asked.append(Check(f"average accuracy of `{name}`, {head}", seen, 0.973))
-            if experiment == "permuted_mnist" and not suffix:
+            if experiment == "permuted_mnist":
                 asked.append(Check(f"`{name}` over finetune, points, {head}", points(runs, plain).mean(), 3))
                 saved = 1 - ratio(runs, plain)
                 asked.append(Check(f"1 - forgetting of `{name}` by finetune's, {head}", saved, 0.25))
