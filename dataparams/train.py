@@ -27,7 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dataparams.callbacks.averaging import AveragedWeights
 from dataparams.callbacks.base import MethodCallback
-from dataparams.report.compare import compare
+from dataparams.report.compare_page import FILE as COMPARE_FILE
+from dataparams.report.compare_page import compare
 from dataparams.report.data_report import FILE as REPORT_FILE
 from dataparams.report.data_report import write_report
 from dataparams.report.files import check_writable, replacing, write_json
@@ -300,7 +301,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         )
     else:
         parser.description = (
-            "The table of a sweep: mean, deviation, paired difference to a baseline. Writes summary.csv."
+            "The table of a sweep: mean, deviation, paired difference to a baseline with its confidence interval. "
+            "Writes summary.csv and compare.html, which also has the curves."
         )
         parser.add_argument("folder", type=Path, metavar="SWEEP")
         parser.add_argument(
@@ -322,7 +324,7 @@ def main() -> None:
             else:
                 print(
                     compare(options.folder, options.baseline),
-                    options.folder / "summary.csv",
+                    f"{options.folder / 'summary.csv'}\n{options.folder / COMPARE_FILE}",
                     sep="\n\n",
                 )
         except (FileNotFoundError, ValueError) as error:

@@ -1,6 +1,7 @@
 """What a run leaves behind: tables, Parquet, plots, and the summary of a sweep."""
 
-from dataparams.report.compare import compare, format_summary, read_sweep, summarize
+from dataparams.report.compare import format_summary, read_sweep, summarize
+from dataparams.report.compare_page import compare
 from dataparams.report.plots import write_plots
 from dataparams.report.rows import (
     SCHEMA_VERSION,

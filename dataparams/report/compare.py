@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from scipy.special import stdtrit
 
 from dataparams.callbacks.sample_table import SampleTable
-from dataparams.report.files import replacing
 from dataparams.report.tasks import own_task, scored_tasks
 
 BASELINES = ("none", "equal", "finetune")
@@ -37,7 +37,8 @@ ACCURACIES = [
     ("forward_transfer", "forward transfer", 100.0, 1),
     ("learning_accuracy", "right after a task %", 100.0, 1),
 ]
-COSTS = [("step_time_ms", "ms a step", 1.0, 2)]
+COSTS = [("step_time_ms", "ms a step", 1.0, 2), ("peak_memory_mb", "MB at most", 1.0, 0)]
+CONFIDENCE = 0.95
 PAIRED_SHOWN = (  # how a key ends that shows differences
     "accuracy_best", "accuracy_last", "error_best", "error_last", "average_accuracy", "forgetting", "learning_accuracy"
 )  # fmt: skip
@@ -101,7 +102,8 @@ def summarize(runs: pd.DataFrame, baseline: str = BASELINES[0]) -> pd.DataFrame:
 
     A run is paired with the baseline's run of the same experiment, seed and other settings. Columns: ``seeds`` (number
     of runs), ``<key>_mean``, ``<key>_std`` (n - 1; NaN for one run), and for pairs ``<key>_diff_mean``,
-    ``<key>_diff_std``, ``pairs``.
+    ``<key>_diff_std``, ``<key>_diff_low`` and ``<key>_diff_high`` (the 95% confidence interval of the mean difference
+    by Student's t, for which differences should be near normal; NaN for one pair), ``pairs``.
 
     Args:
         runs: what :func:`read_sweep` returns.
@@ -123,7 +125,10 @@ def summarize(runs: pd.DataFrame, baseline: str = BASELINES[0]) -> pd.DataFrame:
             line[f"{name}_mean"], line[f"{name}_std"] = group[name].mean(), group[name].std()
             if line["pairs"]:
                 difference = pairs[name] - pairs[f"{name}_base"]
-                line[f"{name}_diff_mean"], line[f"{name}_diff_std"] = difference.mean(), difference.std()
+                mean, spread = difference.mean(), difference.std()
+                reach = margin(spread, int(difference.count()))
+                line[f"{name}_diff_mean"], line[f"{name}_diff_std"] = mean, spread
+                line[f"{name}_diff_low"], line[f"{name}_diff_high"] = mean - reach, mean + reach
         lines.append(line)
     summary = pd.DataFrame(lines)
     baseline_first = summary["method"] != baseline
@@ -131,19 +136,35 @@ def summarize(runs: pd.DataFrame, baseline: str = BASELINES[0]) -> pd.DataFrame:
     return summary.iloc[order].reset_index(drop=True)
 
 
-def format_summary(summary: pd.DataFrame, baseline: str = BASELINES[0]) -> str:
-    """The summary as text: mean +- standard deviation, and in brackets the paired difference to the baseline."""
-    parts = []
+def margin(spread: float, count: int) -> float:
+    """Half the width of the 95% confidence interval of a mean by Student's t; NaN for fewer than two values.
+
+    Args:
+        spread: standard deviation of the values (n - 1).
+        count: how many.
+    """
+    return float(stdtrit(count - 1, 0.5 + CONFIDENCE / 2) * spread / np.sqrt(count)) if count > 1 else float("nan")
+
+
+def groups_of(summary: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, list[Column], dict[str, str]]]:
+    """For each experiment and setting of a summary its heading, its lines, the columns shown, and its tasks."""
     group: Any
     for _, group in summary.groupby(["experiment", "setting"], sort=False):
         experiment, setting = group.iloc[0][["experiment", "setting"]]
-        heading = f"{experiment}, {setting}" if setting else str(experiment)
         tasks = scored_tasks(name.removesuffix("_mean") for name in group if _present(group, name))
         columns = [*_scores(tasks), *COSTS] if tasks else [*ACCURACIES, *_detectors(summary), *COSTS]
+        shown = [column for column in columns if _present(group, f"{column[0]}_mean")]
+        yield (f"{experiment}, {setting}" if setting else str(experiment)), group, shown, tasks
+
+
+def format_summary(summary: pd.DataFrame, baseline: str = BASELINES[0]) -> str:
+    """The summary as text: mean +- standard deviation, and in brackets the paired difference to the baseline with its
+    95% confidence interval."""
+    parts = []
+    for heading, group, columns, tasks in groups_of(summary):
         table = pd.DataFrame({"method": group["method"], "seeds": group["seeds"].astype(str)})
         for key, title, scale, digits in columns:
-            if _present(group, f"{key}_mean"):
-                table[title] = [_cell(line, key, scale, digits) for _, line in group.iterrows()]
+            table[title] = [_cell(line, key, scale, digits) for _, line in group.iterrows()]
         parts.append(f"{heading}\n{_aligned(table)}")
         found = _detectors_by_task(group, tasks)
         if len(found):
@@ -151,7 +172,8 @@ def format_summary(summary: pd.DataFrame, baseline: str = BASELINES[0]) -> str:
     if summary["pairs"].any():
         chosen = any(str(name).endswith("_best_mean") and summary[name].notna().any() for name in summary)
         best = " best: best noisy-validation epoch." if chosen else ""
-        parts.append(f"In brackets: difference to {baseline}, paired by seed.{best}")
+        interval = " and its 95% confidence interval" if (summary["pairs"] > 1).any() else ""
+        parts.append(f"In brackets: difference to {baseline}, paired by seed{interval}.{best}")
     return "\n\n".join(parts)
 
 
@@ -210,8 +232,8 @@ def _cell(line: Any, key: str, scale: float, digits: int) -> str:
         text += f" ± {deviation:.{digits}f}"
     if key.endswith(PAIRED_SHOWN) and line["pairs"]:
         text += f" ({line[f'{key}_diff_mean'] * scale:+.{digits}f}"
-        spread = line[f"{key}_diff_std"] * scale
-        text += f" ± {spread:.{digits}f})" if pd.notna(spread) else ")"
+        low, high = line[f"{key}_diff_low"] * scale, line[f"{key}_diff_high"] * scale
+        text += f", {low:+.{digits}f} to {high:+.{digits}f})" if pd.notna(low) else ")"
     return text
 
 
@@ -221,22 +243,3 @@ def _aligned(table: pd.DataFrame) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
-
-
-def compare(sweep_dir: Path | str, baseline: str | None = None) -> str:
-    """Write ``summary.csv`` into ``sweep_dir`` and return the table as text.
-
-    Args:
-        sweep_dir: holds the runs.
-        baseline: the method subtracted; by default the first of ``none``, ``equal`` and ``finetune`` that is there.
-
-    Raises:
-        FileNotFoundError: no finished run there.
-    """
-    runs = read_sweep(sweep_dir)
-    if baseline is None:
-        baseline = next((method for method in BASELINES if method in set(runs["method"])), BASELINES[0])
-    summary = summarize(runs, baseline)
-    with replacing(Path(sweep_dir) / "summary.csv") as beside:
-        summary.to_csv(beside, index=False)
-    return format_summary(summary, baseline)

@@ -11,7 +11,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from dataparams.report.compare import compare
+from dataparams.report.compare_page import compare
 from dataparams.report.files import check_writable
 
 

@@ -9,8 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from scipy.stats import ttest_rel
 
-from dataparams.report.compare import compare, format_summary, read_sweep, summarize
+from dataparams.report import compare
+from dataparams.report.compare import format_summary, read_sweep, summarize
 
 
 def write_run(folder, method, seed, accuracy, experiment="digits", config=None, **more):
@@ -90,11 +92,24 @@ def test_a_methods_own_setting_makes_lines_of_its_own_against_the_same_baseline(
 
 def test_text_and_csv_say_the_same(sweep):
     text = compare(sweep)
-    assert "80.0 ± 10.0 (+20.0 ± 10.0)" in text
+    assert "80.0 ± 10.0 (+20.0, -4.8 to +44.8)" in text
+    assert "difference to none, paired by seed and its 95% confidence interval" in text
     assert "60.0 ± 10.0" in text
     assert "AUROC margin" not in text  # nobody has it
     line = pd.read_csv(sweep / "summary.csv").set_index("method").loc["ours"]
     assert line["test_accuracy_best_diff_mean"] == pytest.approx(0.2)
+
+
+def test_the_interval_of_the_difference_is_that_of_scipys_paired_t_test(sweep):
+    line = summarize(read_sweep(sweep)).set_index("method").loc["ours"]
+    expected = ttest_rel([0.7, 0.9, 0.8], [0.5, 0.6, 0.7]).confidence_interval(0.95)
+    assert line["test_accuracy_best_diff_low"] == pytest.approx(expected.low)
+    assert line["test_accuracy_best_diff_high"] == pytest.approx(expected.high)
+    for seed in (1, 2):
+        (sweep / f"b{seed}" / "results.json").unlink()
+    line = summarize(read_sweep(sweep)).set_index("method").loc["ours"]
+    assert line["test_accuracy_best_diff_mean"] == pytest.approx(0.2)
+    assert np.isnan(line["test_accuracy_best_diff_low"])
 
 
 def test_every_detector_of_the_sweep_is_a_column_the_methods_own_first(sweep):

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from dataparams.callbacks import TrainingDynamics
-from dataparams.report.compare import compare, summarize
+from dataparams.report import compare
+from dataparams.report.compare import summarize
 from dataparams.report.monitor import DetectionMonitor
 from dataparams.report.plots import scores_plot, write_plots
 from dataparams.report.printed import headline, report
@@ -236,8 +237,8 @@ def test_compare_has_columns_a_task_and_a_table_of_what_is_found(sweep):
         ["method", "seeds", "left % best", "left % last", "ink error best", "ink error last", "ms a step"],
         ["equal", "2", "61.0 ± 1.4", "60.0 ± 0.0", "0.900 ± 0.000", "0.950 ± 0.071", "10.00 ± 0.00"],
         [
-            "task_weights", "2", "81.0 ± 1.4 (+20.0 ± 0.0)", "80.0 ± 0.0 (+20.0 ± 0.0)",
-            "0.300 ± 0.000 (-0.600 ± 0.000)", "0.350 ± 0.071 (-0.600 ± 0.000)", "10.00 ± 0.00",
+            "task_weights", "2", "81.0 ± 1.4 (+20.0, +20.0 to +20.0)", "80.0 ± 0.0 (+20.0, +20.0 to +20.0)",
+            "0.300 ± 0.000 (-0.600, -0.600 to -0.600)", "0.350 ± 0.071 (-0.600, -0.600 to -0.600)", "10.00 ± 0.00",
         ],
     ]  # fmt: skip
     assert cells(found) == [

@@ -1,7 +1,7 @@
 "use strict";
 // Small charts as SVG. Every text goes in as a text node, so that nothing from the data is ever read as markup.
 const SVG = "http://www.w3.org/2000/svg";
-const COLORS = ["var(--clean)", "var(--corrupt)", "var(--third)", "var(--fourth)", "var(--quiet)"];
+const COLORS = ["var(--clean)", "var(--corrupt)", "var(--third)", "var(--fourth)", "var(--fifth)", "var(--sixth)", "var(--quiet)"];
 const KIND_COLORS = { clean: COLORS[0], corrupt: COLORS[1], all: COLORS[0], mean: COLORS[0] };
 
 function make(tag, attributes = {}, ...children) {
@@ -49,11 +49,11 @@ function legend(entries) {
   }));
 }
 
-function figure(name, svg, entries = [], note) {
+function figure(name, svg, entries = [], note, fewest = 2) {
   const title = `${name[0].toUpperCase()}${name.slice(1)}`;
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", note ? `${title}. ${note}` : title);
-  return make("figure", {}, make("h3", {}, title), svg, entries.length > 1 ? legend(entries) : null, note ? make("p", { class: "quiet" }, note) : null);
+  return make("figure", {}, make("h3", {}, title), svg, entries.length >= fewest ? legend(entries) : null, note ? make("p", { class: "quiet" }, note) : null);
 }
 
 // Axes on a canvas of 400 x 230; returns the svg and the two scales.
@@ -90,7 +90,7 @@ function path(points, x, y) {
   return text;
 }
 
-// chart: {title, x, series: [{name, values, low?, high?}]}
+// chart: {title, x, series: [{name, values, low?, high?, place?}]}; place: the number of its colour, where that is not its own
 function lineChart(chart, { xLabel = "epoch", offset = 1, marked = null, markedName = "", yLabel = "" } = {}) {
   const xs = chart.x.map((value) => value + offset);
   const all = chart.series.flatMap((one) => [...one.values, ...(one.low ?? []), ...(one.high ?? [])]);
@@ -99,19 +99,19 @@ function lineChart(chart, { xLabel = "epoch", offset = 1, marked = null, markedN
   if (marked !== null) plane.svg.append(draw("line", { x1: plane.x(marked + offset), x2: plane.x(marked + offset), y1: plane.top, y2: plane.bottom, class: "mark" }));
   const entries = [];
   chart.series.forEach((one, place) => {
-    const color = KIND_COLORS[one.name] ?? COLORS[place % COLORS.length];
+    const number = one.place ?? place, color = (one.place === undefined && KIND_COLORS[one.name]) || COLORS[number % COLORS.length];
     const points = one.values.map((value, at) => [xs[at], value]).filter(([, value]) => value !== null);
     if (one.low) {
       const known = one.low.map((value, at) => at).filter((at) => one.low[at] !== null);
       const edge = [...known.map((at) => [xs[at], one.low[at]]), ...known.reverse().map((at) => [xs[at], one.high[at]])];
       plane.svg.append(draw("path", { d: path(edge, plane.x, plane.y), style: `fill:${color};opacity:.18` }));
     }
-    plane.svg.append(draw("path", { d: path(points, plane.x, plane.y), class: "line", style: `stroke:${color}`, "stroke-dasharray": place >= COLORS.length ? "5 3" : "none" }));
+    plane.svg.append(draw("path", { d: path(points, plane.x, plane.y), class: "line", style: `stroke:${color}`, "stroke-dasharray": number >= COLORS.length ? "5 3" : "none" }));
     if (points.length < 3) for (const [a, b] of points) plane.svg.append(draw("circle", { cx: plane.x(a), cy: plane.y(b), r: 3, style: `fill:${color}` }));
     entries.push([one.name, color]);
   });
   const note = marked !== null ? `Dotted: ${markedName}.` : undefined;
-  return figure(chart.title, plane.svg, entries, note);
+  return figure(chart.title, plane.svg, entries, note, chart.series[0].place === undefined ? 2 : 1);
 }
 
 function histogramChart(title, data, threshold, xLabel) {
