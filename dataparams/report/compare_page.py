@@ -160,6 +160,8 @@ _PARTS = {"difference": "mean", "low": "low", "high": "high"}
 def _differences(group: pd.DataFrame, columns: list[Column]) -> list[Json]:
     """For each score that is compared with the baseline a line a method: the difference and its interval."""
     charts = []
+    paired: list[Any] = [line for _, line in group.iterrows()]
+    paired = [line for line in paired if line["pairs"]]
     for key, title, scale, _ in columns:
         if not key.endswith(PAIRED_SHOWN):
             continue
@@ -168,8 +170,7 @@ def _differences(group: pd.DataFrame, columns: list[Column]) -> list[Json]:
                 "name": line["method"],
                 **{part: _number(line[f"{key}_diff_{name}"], scale) for part, name in _PARTS.items()},
             }
-            for _, line in group.iterrows()
-            if line["pairs"]
+            for line in paired
         ]
         if lines:
             charts.append({"title": title, "lines": lines})

@@ -156,7 +156,8 @@ function heatChart(chart) {
   const rows = chart.values.length, columns = chart.columns.length;
   const longest = (names) => Math.min(Math.max(...names.map((name) => String(name).length)), 12) * 6.2;
   const left = 24 + longest(chart.rows), tall = longest(chart.columns) > 24, head = 20 + (tall ? longest(chart.columns) * 0.8 : 8);
-  const cell = Math.max((398 - left) / columns, 1), high = Math.min(cell, 40);
+  const right = tall ? 366 : 398;  // slanted names reach beyond the last column
+  const cell = Math.max((right - left) / columns, 1), high = Math.min(cell, 40);
   const svg = draw("svg", { viewBox: `0 0 400 ${(head + high * rows + 4).toFixed(0)}` });
   const seen = chart.values.flat().filter((value) => value !== null);
   const [low, top] = [Math.min(0, ...seen), Math.max(...seen, 1e-12)];
@@ -177,7 +178,7 @@ function heatChart(chart) {
     if (tall) place.transform = `rotate(-50 ${place.x} ${place.y})`;
     svg.append(draw("text", place, cut(name)));
   });
-  svg.append(draw("text", { x: (left + 398) / 2, y: 11, "text-anchor": "middle" }, `${chart.across} →`));
+  svg.append(draw("text", { x: (left + right) / 2, y: 11, "text-anchor": "middle" }, `${chart.across} →`));
   svg.append(draw("text", { x: -(head + high * rows / 2), y: 11, "text-anchor": "middle", transform: "rotate(-90)" }, `← ${chart.down}`));
   return figure(chart.title, svg);
 }

@@ -111,11 +111,12 @@ function paint() {
   }
 }
 function labelRows() {
-  return [["id", named ? "id" : null], ["given", view.given], ["model", view.model], ["right", view.true]].filter(([, name]) => name);
+  const learned = view.classes && !view.task && columns.has("soft_label") ? "soft_label" : null;
+  return [["id", named ? "id" : null], ["given", view.given], ["model", view.model], ["learned", learned], ["right", view.true]].filter(([, name]) => name);
 }
 function labelText(name, row) { return name === "id" ? String(ids[row]) : className(cell(name, row)); }
 function numberRows() {
-  const labels = new Set(["index", "id", view.given, view.true, view.model, view.is_corrupt, view.is_label_issue]);
+  const labels = new Set(["index", "id", ...labelRows().map(([, name]) => name), view.given, view.true, view.model, view.is_corrupt, view.is_label_issue]);
   const others = data.views.filter((one) => one !== view).map((one) => one.task);
   const names = [...columns.keys()].filter((name) => !labels.has(name) && !name.endsWith("_last"));
   const own = names.filter((name) => !others.some((task) => name.endsWith(`_${task}`)) && !(view.task && name === "given_label"));
@@ -134,7 +135,7 @@ function card(place) {
   const numbers = make("dl", { class: "numbers" });
   for (const column of numberRows()) {
     const value = cell(column, row), kind = column === score.column ? "ranked" : "";
-    const text = column.startsWith("soft_label") && !column.includes("given") && view.classes ? className(value) : typeof value === "boolean" ? (value ? "yes" : "no") : typeof value === "string" ? value : number(value);
+    const text = typeof value === "boolean" ? (value ? "yes" : "no") : typeof value === "string" ? value : number(value);
     numbers.append(make("dt", { class: kind, title: words(column) }, words(column)), make("dd", { class: kind }, text));
   }
   const card = make("div", { class: `sample${hasMedia ? "" : " no-media"}${checked[row] ? " checked" : ""}${place === active ? " active" : ""}`, role: "listitem", id: `sample-${place}` }, head, medium(row), labels, numbers);
