@@ -37,6 +37,7 @@ class LossCall:
         target: as the user gave it.
         index: rows of the batch's samples, ``(B,)`` int64, on the CPU where the loader made it.
         valid: bool ``(B,)``; samples with at least one element that counts.
+        complete: every element counts, and the host knows it without waiting for a device.
         losses: per-element losses that replace the criterion's output, or None while it stands.
         log_terms: ``(B,)`` terms added to each instance's loss (the log sigma of a noise scale).
         weight: ``(B,)`` that :meth:`weigh` multiplies each instance's losses by; None: 1.
@@ -48,7 +49,11 @@ class LossCall:
         visits: visits of instance rows made for this call; their gradient is read per instance when asked for.
         unbatched: the user gave one sample without a batch dimension.
         counted: bool like ``target``; elements of a task's regression that have a target. None: all.
-        seen: what :meth:`observe` found.
+        plain: per-element losses of the input and target as they were given, where :meth:`look` had to compute them.
+        loss: ``(B,)`` plain loss of each sample, the mean over its elements that count; no gradient.
+        seen: all of its training dynamics, where they were asked for.
+        outer: applied to the finished loss, for weights of the whole task, which are no part of a sample's own loss.
+        number: of the call in its training step.
     """
 
     criterion: Criterion
@@ -67,7 +72,12 @@ class LossCall:
     visits: list[Visit] = field(default_factory=list)
     unbatched: bool = False
     counted: Tensor | None = None
+    complete: bool = False
+    plain: Tensor | None = None
+    loss: Tensor | None = None
     seen: Observation | None = None
+    outer: Callable[[Tensor], Tensor] | None = None
+    number: int = 0
 
     def __post_init__(self) -> None:
         self.logits, self.given = self.input, self.target
@@ -104,7 +114,11 @@ class LossCall:
 
     def elementwise(self) -> Tensor:
         """The current per-element losses."""
-        return self.criterion.elementwise(self.input, self.target) if self.losses is None else self.losses
+        if self.losses is not None:
+            return self.losses
+        if self.plain is not None and self.input is self.logits and self.target is self.given:
+            return self.plain
+        return self.criterion.elementwise(self.input, self.target)
 
     def reduce(self, losses: Tensor) -> Tensor:
         """Reduce per-element losses as the user's criterion does: its mean divides by the class weights it applied."""
@@ -155,7 +169,7 @@ class LossCall:
         elif self.losses is not None:
             output = self.reduce(self.losses)
         for term in self.log_terms:
-            output = output + self._reduce_instances(term, output)
+            output = output + self.reduce_instances(term, output)
         return output.squeeze(0) if self.unbatched and output.dim() else output
 
     def read_scales(self, upstream: Tensor, loss_scale: Tensor | None) -> None:
@@ -166,10 +180,16 @@ class LossCall:
         other.
         """
         mean = self.criterion.reduction == "mean"
+        on_host = upstream.device.type == "cpu" and loss_scale is None and not upstream.dim()
         for visit in self.visits:
             dense = visit.index.dim() > 1  # a row an element (a class temperature a pixel), not one a sample
             if not upstream.dim():
                 valid = self.valid if not dense or visit.valid is None else visit.valid
+                if on_host:  # a number that is there already: no operations on tensors of one element
+                    count = (valid.numel() if self.complete and not dense else int(valid.sum())) if mean else 1
+                    value = upstream.item()
+                    visit.scale = count / value if value else 0.0
+                    continue
                 share = upstream / valid.sum() if mean else upstream
             elif dense and upstream.numel() == visit.index.numel():
                 share = upstream.reshape(visit.index.shape)
@@ -179,28 +199,59 @@ class LossCall:
             scale = torch.where(share == 0, torch.zeros_like(share), 1 / share).float()
             visit.scale = scale if loss_scale is None else scale * loss_scale
 
-    def _reduce_instances(self, term: Tensor, output: Tensor) -> Tensor:
+    def reduce_instances(self, term: Tensor, output: Tensor) -> Tensor:
+        """A term of each instance, ``(B,)``, as often in the loss as its losses are: of a task only where there is a
+        label."""
+        everywhere = self.complete or not self.criterion.task
         if self.criterion.reduction == "none":
+            term = term if everywhere else term * self.valid
             return term.reshape(term.shape + (1,) * (output.dim() - term.dim()))
-        return term.mean() if self.criterion.reduction == "mean" else term.sum() * math.prod(self.input.shape[1:])
+        if self.criterion.reduction == "mean":
+            return term.mean() if everywhere else (term * self.valid).sum() / self.valid.sum().clamp(min=1)
+        if not everywhere and self.counted is not None:
+            term = term * self.counted.reshape(len(self.valid), -1).float().mean(1)
+        elif not everywhere:
+            term = term * self.valid
+        return term.sum() * math.prod(self.input.shape[1:])
 
-    def observe(self, in_full: bool = True) -> Observation:
-        """Training dynamics of the call, from what the user's model and data gave: call it before the stages.
+    def look(self, in_full: bool = True) -> None:
+        """Which samples count, their plain losses and, in full, their training dynamics, from what the user's model and
+        data gave: call it before the stages.
 
         Args:
             in_full: False: only the loss, of a task that is not the main one.
         """
         kind = self.criterion.kind
-        if kind == "bce" and in_full:
-            return observe.binary_classification(self.input, self.target)
-        if kind in SOFTMAX_KINDS and self._softmax_like and in_full:
-            return observe.classification(self.input, self.target, self.criterion.ignore_index)
-        counted = self.target if kind == "given" else self.counted
-        if kind in SOFTMAX_KINDS and not self.target.is_floating_point():
-            counted = self.target != self.criterion.ignore_index
+        task_regression = bool(self.criterion.task) and kind in REGRESSION_KINDS
+        if task_regression:
+            self.leave_out_missing()
         with torch.no_grad():
-            losses = self._plain_losses()
-            return observe.regression(losses, counted if counted is None or counted.shape == losses.shape else None)
+            if in_full and kind == "bce":
+                self.seen = observe.binary_classification(self.input, self.target)
+            elif in_full and kind in SOFTMAX_KINDS and self._softmax_like:
+                self.seen = observe.classification(self.input, self.target, self.criterion.ignore_index)
+        if self.seen is None and (task_regression or kind == "given"):  # what a weight of the loss will ask for
+            self.plain = self.criterion.elementwise(self.input, self.target)
+        with torch.no_grad():
+            if self.seen is None:
+                losses = self._plain_losses() if self.plain is None else self.plain
+                counted = self._counted(losses)
+                self.loss, self.valid = observe.sample_losses(losses, counted)
+                self.complete = self.complete or (counted is None and bool(self.criterion.task))
+                if in_full:
+                    self.seen = observe.regression(self.loss, self.valid)
+            else:
+                self.loss, self.valid = self.seen.loss, self.seen.valid
+            if not self.complete and self.valid.device.type == "cpu" and self.target.dim() == 1:
+                self.complete = bool(self.valid.all())
+
+    def _counted(self, losses: Tensor) -> Tensor | None:
+        if self.complete:
+            return None
+        counted = self.target if self.criterion.kind == "given" else self.counted
+        if self.criterion.kind in SOFTMAX_KINDS and not self.target.is_floating_point():
+            counted = self.target != self.criterion.ignore_index
+        return counted if counted is not None and counted.shape == losses.shape else None
 
     def _plain_losses(self) -> Tensor:
         """Of each element, without class weights and label smoothing."""
@@ -220,6 +271,9 @@ class LossCall:
     def leave_out_missing(self) -> None:
         """Put the prediction in the place of targets that are NaN: no loss and no gradient comes from them."""
         missing = self.target.isnan()
+        if missing.device.type == "cpu" and not bool(missing.any()):
+            self.complete = True
+            return
         self.target = torch.where(missing, self.input.detach().to(self.target.dtype), self.target)
         self.given, self.counted = self.target, ~missing
 
@@ -263,7 +317,8 @@ class Objective:
     Attributes:
         loss_scale: returns the GradScaler's current factor as a tensor, or None.
         main_task: of several tasks the one that is observed in full, and whose criterion ``criterion`` is.
-        inspector: called with ``(call, observation)`` when the loss is computed.
+        inspector: called with ``(call, observation)`` when the loss is computed; the observation is None of a task that
+            is not the main one.
         observer: called with ``(call, observation)`` when back-propagation reaches the loss: a loss that is computed
             and thrown away (a pass to refresh BatchNorm, a skipped step) is not a visit.
     """
@@ -274,8 +329,8 @@ class Objective:
         self.loss_scale: Callable[[], Tensor] | None = None
         self.criterion: Criterion | None = None  # the last one called
         self.main_task = ""
-        self.inspector: Callable[[LossCall, Observation], None] | None = None
-        self.observer: Callable[[LossCall, Observation], None] | None = None
+        self.inspector: Callable[[LossCall, Observation | None], None] | None = None
+        self.observer: Callable[[LossCall, Observation | None], None] | None = None
 
     def add_stages(self, stages: Iterable[Stage]) -> None:
         """Add some, in any order."""
@@ -308,11 +363,7 @@ class Objective:
             input, target = input.unsqueeze(0), target.unsqueeze(0)
         valid = torch.ones(input.shape[:1], dtype=torch.bool, device=input.device)
         call = LossCall(criterion, input, target, index, valid, unbatched=unbatched)
-        if criterion.task and criterion.kind in REGRESSION_KINDS:
-            call.leave_out_missing()
-        with torch.no_grad():
-            call.seen = call.observe(in_full=criterion.task == self.main_task)
-        call.valid = call.seen.valid
+        call.look(in_full=criterion.task == self.main_task)
         if self.inspector is not None:
             self.inspector(call, call.seen)
         for stage in self.stages:
@@ -334,13 +385,13 @@ class Objective:
                     return
                 reached.append(True)
                 call.upstream = upstream if loss_scale is None else upstream / loss_scale
-                if self.observer is not None and call.seen is not None:
+                if self.observer is not None:
                     self.observer(call, call.seen)
                 for note in call.reached:
                     note()
 
             output.register_hook(on_gradient)
-        return output
+        return output if call.outer is None else call.outer(output)
 
     def __call__(self, function: Callable[..., Tensor], index: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Call one of torch's losses through the stages: ``objective(F.cross_entropy, index, logits, target)``."""

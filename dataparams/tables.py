@@ -37,7 +37,7 @@ class Visit:
     index: Tensor
     leaf: Tensor
     valid: Tensor | None = None
-    scale: Tensor | None = None
+    scale: Tensor | float | None = None
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -243,6 +243,14 @@ class ParameterTable:
                 device).
         """
         index = torch.as_tensor(index)
+        here, leaf = self.gather(index, device)
+        if torch.is_grad_enabled():
+            self.visit(here, leaf, valid)
+        return leaf
+
+    def gather(self, index: Tensor, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+        """The index on the table's device, and copies of its rows, ``(*S, *row_shape)``; the arguments and errors of
+        :meth:`rows`."""
         if index.is_floating_point() or index.dtype == torch.bool:
             raise TypeError(f"index must hold row numbers, got a tensor of {index.dtype}")
         here = _send(index, self.values.device)
@@ -253,11 +261,19 @@ class ParameterTable:
                     f"row {low if low < 0 else high} is out of range for a table of {self.num_rows} rows "
                     f"(0 to {self.num_rows - 1}); does num_rows match the data set?"
                 )
-        leaf = _send(self.read(here), torch.device(device or index.device))
-        if torch.is_grad_enabled():
-            leaf.requires_grad_()
-            self.pending.append(Visit(here, leaf, valid))
-        return leaf
+        return here, _send(self.read(here), torch.device(device or index.device))
+
+    def visit(self, index: Tensor, leaf: Tensor, valid: Tensor | None = None) -> Visit:
+        """Have the row optimizer step rows that were gathered by hand.
+
+        Args:
+            index: on the table's device.
+            leaf: what :meth:`gather` returned for it, or a part of both; a gradient is asked of it from here on.
+            valid: see :meth:`rows`.
+        """
+        visit = Visit(index, leaf.requires_grad_(), valid)
+        self.pending.append(visit)
+        return visit
 
     def read(self, index: Tensor) -> Tensor:
         """Copies of rows, ``(V, *row_shape)``, in float32 or better on the table's device.

@@ -47,6 +47,7 @@ class MethodCallback(SampleTable, L.Callback):
     """
 
     shared_tables: ClassVar[frozenset[str]] = frozenset()  # tables whose rows are not one a sample
+    repeats_loss: ClassVar[bool] = False  # it computes the loss of samples by itself, from the network's output
     needs_loss: ClassVar[bool] = True  # False: it trains on, without training dynamics, where no loss is found
 
     def __init__(
@@ -161,6 +162,7 @@ class MethodCallback(SampleTable, L.Callback):
         for optimizer in self.optimizers:
             optimizer.to(device)
             optimizer.world_size = trainer.world_size
+            optimizer.keep_waiting = True  # the session forgets what a training step never used
             optimizer.gather = VisitGather(device) if trainer.world_size > 1 else None
         state = sum(b.numel() * b.element_size() for o in self.optimizers for s in o.row_state for b in s.values())
         size = sum(table.nbytes for table in self.tables.values()) + state

@@ -149,7 +149,10 @@ class EvaluationPass:
                 "logits='submodule', or logits=lambda module, x: ..."
             )
         valid = torch.ones(len(output), dtype=torch.bool, device=output.device)
-        seen = LossCall(criterion, output, target, torch.arange(len(output)), valid).observe()
+        call = LossCall(criterion, output, target, torch.arange(len(output)), valid)
+        call.look()
+        seen = call.seen
+        assert seen is not None
         loss = torch.where(seen.valid, seen.loss.float(), torch.full_like(seen.loss.float(), torch.nan))
         return [loss.cpu(), seen.label.long().cpu()]
 

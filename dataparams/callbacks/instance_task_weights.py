@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import lightning as L
 import numpy as np
 import pandas as pd
 import torch
@@ -34,8 +35,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dataparams.callbacks.base import MethodCallback
-from dataparams.callbacks.tasks import MultiTask, instance_means, log_share, missing_factor
-from dataparams.functional.task_weights import COEFFICIENT
+from dataparams.callbacks.tasks import MultiTask, instance_means, missing_factor
+from dataparams.distributed import all_gather_rows
+from dataparams.functional.task_weights import COEFFICIENT, joint_noise_scale, typical_loss
 from dataparams.functional.temperature import broadcast_rows, scale_log_probs, scale_logits
 from dataparams.objective import LossCall, Stage
 from dataparams.optim import RowSGD
@@ -44,6 +46,7 @@ from dataparams.tables import ParameterTable
 GROUPS = {
     "temperature": "classification", "likelihood": "classification", "square": "regression", "absolute": "regression",
 }  # fmt: skip
+SCALED = ("square", "absolute")
 
 
 class InstanceTaskWeights(MultiTask, MethodCallback):
@@ -63,15 +66,19 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
         momentum: in [0, 1); default 0.9. It advances when a row is visited.
         weight_decay: pulls log sigma to 0 on visits; default 0.
         scale: ``"first_batch"`` (default) divides a regression's losses by their mean in its first batch, so that a
-            task's units do not change the result; None: as they are, and the initial state is plain training.
+            task's units do not change the result; a loss counts for at most ten times their median there. None: as they
+            are, and the initial state is plain training.
+        task_wide: learn a sigma of each whole task too: a sample's is then the mean of its own and its task's. Default
+            False.
+        task_lr: rate a step of the tasks' log sigma; default 0.01.
         **options: those of :class:`MethodCallback`; ``criterion`` names the loss of the main task, of which the shared
             columns (``given_label``, ``mean_loss``, ...) speak: by default the first.
 
     A regression's target that is NaN is a missing label, or pixel; so are ``ignore_index`` of a classification and a
     loss of NaN in :class:`dataparams.nn.TaskLosses`. A sample without a label for a task has no part in its loss, and
-    its row stays as it is. Under DDP every
-    process must compute a regression's loss in the step in which one first does, for its scale is gathered there; a
-    batch without a label for it is no obstacle.
+    its row stays as it is. Losses of pixels or joints become the mean of a sample's over those that have a target, then
+    the mean over samples. Under DDP and manual optimization, whose backward pass comes before the processes meet, each
+    takes the scale of its own part of the first batch for that one step.
 
     Raises:
         ValueError: an argument out of range.
@@ -89,6 +96,8 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         scale: Literal["first_batch"] | None = "first_batch",
+        task_wide: bool = False,
+        task_lr: float = 0.01,
         **options: Any,
     ) -> None:
         super().__init__(tasks, kinds=kinds, **options)
@@ -104,10 +113,15 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.scale = scale
+        self.task_wide = task_wide
+        self.task_lr = task_lr
         self.scales: dict[str, Tensor] = {}  # of the regressions, by task, once known
+        self._first: dict[str, list[Tensor]] = {}  # losses from which the processes take the scales at the step's end
+        self._gathered: dict[str, tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]] = {}  # rows of the step, by table
         # also checks rates, momentum and bounds, before any training
         for rate, between in self.settings.values():
             RowSGD([ParameterTable(1, bounds=between)], rate, momentum, weight_decay)
+        RowSGD([ParameterTable(1)], task_lr)
 
     # -- tables ----------------------------------------------------------------------------------------------------
 
@@ -122,55 +136,132 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
 
     def make_tables(self, num_rows: int, device: torch.device) -> None:
         """``log_sigma_classification`` and ``log_sigma_regression``, each with a row a sample and task, sample by
-        sample: a task without a label is a row that is not visited."""
-        for name, (rate, bounds) in self.settings.items():
-            if tasks := self.group(name):
-                table = ParameterTable(
-                    num_rows * len(tasks), bounds=bounds, **self.table_storage(f"log_sigma_{name}", device)
-                )
-                self.tables[f"log_sigma_{name}"] = table
-                self.optimizers.append(RowSGD([table], rate, self.momentum, self.weight_decay, grad_scale="instance"))
+        sample: a task without a label is a row that is not visited. ``task_wide``: the same with ``_task``, a row a
+        task."""
+        for group, (rate, bounds) in self.settings.items():
+            tasks, name = self.group(group), f"log_sigma_{group}"
+            if not tasks:
+                continue
+            table = ParameterTable(num_rows * len(tasks), bounds=bounds, **self.table_storage(name, device))
+            self.tables[name] = table
+            self.optimizers.append(RowSGD([table], rate, self.momentum, self.weight_decay, grad_scale="instance"))
+            if self.task_wide:
+                of_tasks = self.tables[f"{name}_task"] = ParameterTable(len(tasks), bounds=bounds, device=device)
+                each = RowSGD([of_tasks], self.task_lr, self.momentum, grad_scale="instance", duplicates="mean")
+                self.optimizers.append(each)
         super().make_tables(num_rows, device)
+
+    shared_tables = frozenset({"log_sigma_classification_task", "log_sigma_regression_task"})
 
     def rows_per_sample(self, name: str) -> int:
         """One a task."""
         return len(self.group(name.removeprefix("log_sigma_")))
 
+    def rows_of(self, call: LossCall) -> Tensor:
+        """Log sigma of the call's samples for its task, ``(B,)``, a leaf: of all tasks of a table gathered at once."""
+        task = call.criterion.task
+        group = GROUPS[self.forms[task]]
+        table, tasks = self.tables[f"log_sigma_{group}"], self.group(group)
+        of, parts = self._gathered.get(group, (None, {}))
+        if of is not call.index or task not in parts:
+            places = torch.arange(len(tasks), device=call.index.device)[:, None]
+            here, values = table.gather(call.index * len(tasks) + places, call.input.device)
+            parts = dict(zip(tasks, zip(here.unbind(), values.unbind(), strict=True), strict=True))
+            self._gathered[group] = (call.index, parts)
+        here, leaf = parts.pop(task)  # a second call of the step is a visit of its own
+        call.visits.append(table.visit(here, leaf, None if call.complete else call.valid))
+        return leaf
+
+    def sigma_of(self, call: LossCall) -> tuple[Tensor, Tensor]:
+        """Sigma and log sigma of the call's samples for its task, ``(B,)`` each."""
+        own = self.rows_of(call)
+        if not self.task_wide:
+            return own.exp(), own
+        task = call.criterion.task
+        group = GROUPS[self.forms[task]]
+        place = torch.full_like(call.index, self.group(group).index(task))
+        sigma = joint_noise_scale(own, call.visit(self.tables[f"log_sigma_{group}_task"], place, call.valid))
+        return sigma, sigma.log()
+
     def stages(self) -> list[Stage]:
         """Scale logits, weigh losses."""
         return [_TaskWeights(self)]
 
-    def scale_of(self, call: LossCall, losses: Tensor) -> Tensor:
-        """The mean loss of the task's first batch that has a label for it, on all processes.
+    # -- the scale of a task ---------------------------------------------------------------------------------------
+
+    def scaled(self, call: LossCall, losses: Tensor, weight: Tensor) -> Tensor:
+        """The losses times their weight, over the typical loss of the task's first batch that has a label for it.
+
+        Under several processes that is known only when all have come to the end of the training step, for one of them
+        may not call the loss at all. Until then the part of this process stands in, and the gradient makes up for the
+        difference.
 
         Args:
             call: of the task.
             losses: per element.
+            weight: ``(B,)``.
         """
         task = call.criterion.task
-        if task not in self.scales:
-            of_instances = torch.where(call.valid, instance_means(call, losses.detach()), 0.0)
-            total = torch.stack((of_instances.double().sum(), call.valid.sum().double()))
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(total)
-            mean = total[0] / total[1]
-            if not bool(mean.isfinite() & (mean > 0)):  # once a fit: the host waits for it
-                return torch.ones((), device=losses.device)
-            self.scales[task] = mean.float()
-        self.scales[task] = self.scales[task].to(losses.device)
-        return self.scales[task]
+        known = self.scales.get(task)
+        if known is not None:
+            return losses * broadcast_rows(weight / known, losses)
+        seen = instance_means(call, losses.detach())[call.valid].float()
+        own = _positive(typical_loss(seen))
+        if not (dist.is_available() and dist.is_initialized()):
+            if own is not None:
+                self.scales[task] = own
+            return losses * broadcast_rows(weight / (1.0 if own is None else own), losses)
+        self._first.setdefault(task, []).append(seen)
+        own = torch.ones((), device=losses.device) if own is None else own
+        product = losses * broadcast_rows(weight / own, losses)
+        if product.requires_grad:
+            product.register_hook(lambda gradient: gradient * (own / self.scales.get(task, own)))
+        return product
+
+    def begin_step(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
+        """Nothing is gathered yet."""
+        self._gathered.clear()
+        self._first.clear()
+
+    def end_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Under several processes: the scales of tasks that came first in this step, the same on all."""
+        open_tasks = [task for task, form in self.forms.items() if form in SCALED and task not in self.scales]
+        if self.scale is None or trainer.world_size == 1 or not open_tasks:
+            return
+        device = trainer.strategy.root_device
+        seen = {task: torch.cat([torch.zeros(0, device=device), *self._first.get(task, [])]) for task in open_tasks}
+        losses = torch.cat(list(seen.values()))[:, None]
+        numbers = torch.cat([torch.full_like(v, t, dtype=torch.int64) for t, v in enumerate(seen.values())])[:, None]
+        losses, numbers = all_gather_rows(losses, numbers, device=device)
+        for place, task in enumerate(open_tasks):
+            found = _positive(typical_loss(losses[numbers == place]))
+            if found is not None:
+                self.scales[task] = found
+
+    def prepare(self, num_rows: int, trainer: L.Trainer) -> None:
+        """Scales live on the device."""
+        super().prepare(num_rows, trainer)
+        self.scales = {task: scale.to(trainer.strategy.root_device) for task, scale in self.scales.items()}
 
     # -- what the user gets ----------------------------------------------------------------------------------------
 
     def columns(self, frame: pd.DataFrame) -> dict[str, Any]:
-        """By task ``log_sigma_<task>``, high is suspicious, and ``mean_loss_<task>``, the running mean of its plain
-        loss; both NaN where the sample has no label for it."""
+        """By task ``log_sigma_<task>``, high is suspicious, ``weight_<task>``, what it makes of the sample's loss (of
+        the logits of a classification), the scale included, and ``mean_loss_<task>``, the running mean of its plain
+        loss; all NaN where the sample has no label for it. ``task_wide``: also the sample's own part,
+        ``log_sigma_<task>_instance``."""
         found = super().columns(frame)
         for task, form in self.forms.items():
-            tasks = self.group(GROUPS[form])
-            table = self.tables[f"log_sigma_{GROUPS[form]}"]
-            values = table.values.detach().float().cpu().numpy().reshape(-1, len(tasks))[:, tasks.index(task)]
-            found[f"log_sigma_{task}"] = np.where(np.isnan(found[f"mean_loss_{task}"]), np.nan, values)
+            tasks, name = self.group(GROUPS[form]), f"log_sigma_{GROUPS[form]}"
+            values = self._by_sample(name).detach().double().cpu().reshape(-1, len(tasks))[:, tasks.index(task)]
+            unknown = np.isnan(found[f"mean_loss_{task}"])
+            if self.task_wide:
+                found[f"log_sigma_{task}_instance"] = np.where(unknown, np.nan, values.float().numpy())
+                of_task = self.tables[f"{name}_task"].values[tasks.index(task)].double().cpu()
+                values = joint_noise_scale(values, of_task).log()
+            found[f"log_sigma_{task}"] = np.where(unknown, np.nan, values.float().numpy())
+            weight = (-COEFFICIENT.get(form, 1.0) * values).exp() / float(self.scales.get(task, 1.0))
+            found[f"weight_{task}"] = np.where(unknown, np.nan, weight.numpy())
         return dict(sorted(found.items()))
 
     # -- state -----------------------------------------------------------------------------------------------------
@@ -198,31 +289,30 @@ class _TaskWeights:
     def before(self, call: LossCall) -> None:
         if self.method.forms[call.criterion.task] != "temperature":
             return
-        sigma = self._rows(call).exp()
+        sigma, _ = self.method.sigma_of(call)
         if call.criterion.kind == "nll":
             call.transform(lambda log_probs: scale_log_probs(log_probs, sigma))
         else:
             call.transform(lambda logits: scale_logits(logits, sigma))
 
     def after(self, call: LossCall) -> None:
-        task = call.criterion.task
-        form = self.method.forms[task]
+        method = self.method
+        form = method.forms[call.criterion.task]
+        factor = missing_factor(call)
         if form == "temperature":
+            if factor is not None:
+                call.weigh(factor)
             return
-        log_sigma = self._rows(call)
-        share = log_share(call)
-        weight = (-COEFFICIENT[form] * log_sigma).exp() * missing_factor(call)
-        if self.method.scale is None or form == "likelihood":
+        _, log_sigma = method.sigma_of(call)
+        term = COEFFICIENT[form] * log_sigma
+        weight = (-term).exp() if factor is None else (-term).exp() * factor
+        if method.scale is None or form not in SCALED:
             call.weigh(weight)
         else:  # not through weigh(), whose difference to the user's own loss would lose digits
-            losses = call.elementwise()
-            weight = weight / self.method.scale_of(call, losses)
-            call.losses = losses * broadcast_rows(weight, losses)
-        call.log_terms.append(COEFFICIENT[form] * log_sigma * share)
+            call.losses = method.scaled(call, call.elementwise(), weight)
+        call.log_terms.append(term)
 
-    def _rows(self, call: LossCall) -> Tensor:
-        method, task = self.method, call.criterion.task
-        name = GROUPS[method.forms[task]]
-        tasks = method.group(name)
-        index = call.index * len(tasks) + tasks.index(task)
-        return call.visit(method.tables[f"log_sigma_{name}"], index, call.valid)
+
+def _positive(scale: Tensor) -> Tensor | None:
+    """A scale that can be divided by: the host waits for it, once a fit."""
+    return scale.float() if bool(scale.isfinite() & (scale > 0)) else None

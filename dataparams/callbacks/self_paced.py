@@ -89,6 +89,7 @@ class SelfPacedSelection(MethodCallback):
         ValueError: an argument out of range.
     """
 
+    repeats_loss: ClassVar = True
     detectors: ClassVar = MethodCallback.detectors | {"selection_loss": ("selection_loss", 1.0)}
 
     def __init__(

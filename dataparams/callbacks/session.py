@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning as L
 import torch
@@ -33,6 +33,18 @@ if TYPE_CHECKING:
 _SESSIONS: weakref.WeakKeyDictionary[L.Trainer, Session] = weakref.WeakKeyDictionary()
 
 
+class _Reached(NamedTuple):
+    """A loss call that back-propagation came to, without its graph."""
+
+    number: int
+    index: Tensor
+    task: str
+    loss: Tensor
+    valid: Tensor
+    complete: bool
+    seen: Observation | None
+
+
 class Session:
     """One fit of one trainer. Made by :meth:`join`; callbacks talk to it, users do not."""
 
@@ -50,10 +62,8 @@ class Session:
         self._handles: list[Any] = []
         self._module_calls: list[LossCall | None] = []
         self.tasks: list[str] = []  # where there are several
-        self._seen: list[tuple[Tensor, Observation]] = []
-        self._seen_of_tasks: list[tuple[Tensor, Observation]] = []
-        self._inspected: list[tuple[Tensor, str]] = []
-        self._repeated: list[Observation] = []
+        self._inspected: list[LossCall] = []  # of this training step
+        self._reached: list[_Reached] = []  # those that back-propagation came to, until they are recorded
         self._warned_repeated = False
         self._functions: set[Callable[..., Any]] | None = None
         self._used_functions: set[str] = set()
@@ -214,7 +224,8 @@ class Session:
         for member in self.members:
             if isinstance(member, MultiTask) and member.find_tasks(module) != found:
                 raise ValueError("the callbacks of one trainer that weigh tasks must name the same tasks")
-        single = [member for member in self.members if not isinstance(member, MultiTask) and member.stages()]
+        others = [member for member in self.members if not isinstance(member, MultiTask)]
+        single = [member for member in others if member.stages() or member.repeats_loss]
         main = main_task(module, found, self._agreed(self.members, "criterion"), [type(m).__name__ for m in single])
         criteria = {
             task: self._hook(child, name_in(module, child), task, finder.kinds.get(task))
@@ -248,7 +259,6 @@ class Session:
         self._grow()
         self._module_calls.clear()
         self._inspected.clear()
-        self._repeated.clear()
         for member in self.members:
             for table in member.tables.values():
                 table.pending = table.visited()  # what an earlier step gathered and never used
@@ -259,6 +269,7 @@ class Session:
                 yield
         finally:
             self.active = False
+            self._guard_losses()
 
     @property
     def listening(self) -> bool:
@@ -361,25 +372,38 @@ class Session:
 
     # -- training dynamics -----------------------------------------------------------------------------------------
 
-    def _record(self, call: LossCall, seen: Observation) -> None:
-        task = call.criterion.task
-        if any(seen is other for other in self._repeated):
-            return
+    def _record(self, call: LossCall, seen: Observation | None) -> None:
         for member in self.members:
             if isinstance(member, MultiTask):
-                member.called.add(task)
-        if self.tasks:  # a number a sample and task
-            self._seen_of_tasks.append((call.index * len(self.tasks) + self.tasks.index(task), seen))
-        if task == self.objective.main_task:
-            self._seen.append((call.index, seen))
+                member.called.add(call.criterion.task)
+        assert call.loss is not None
+        task = call.criterion.task
+        self._reached.append(_Reached(call.number, call.index, task, call.loss, call.valid, call.complete, seen))
 
-    def _inspect(self, call: LossCall, seen: Observation) -> None:
-        index, task = call.index, call.criterion.task
-        if any(index is other and task == of for other, of in self._inspected):
-            self._repeated.append(seen)
+    def _inspect(self, call: LossCall, seen: Observation | None) -> None:
+        call.number = len(self._inspected)
+        self._inspected.append(call)
+
+    def _guard_losses(self) -> None:
+        """Name the samples whose loss is not finite, of all the step's calls at once."""
+        calls, self._inspected = self._inspected, []
+        if calls:
+            losses = torch.cat([call.loss for call in calls if call.loss is not None])
+            bad = ~losses.isfinite()
+            if bad.device.type == "cpu" and not bool(bad.any()):
+                return
+            valid = torch.cat([call.valid for call in calls])
+            self.guard.submit(torch.cat([call.index for call in calls]), bad & valid)
+
+    def _first_calls(self) -> list[_Reached]:
+        """The calls that back-propagation reached, in order; of several for the same samples and task the first."""
+        calls, self._reached = self._reached, []
+        first: dict[tuple[int, str], _Reached] = {}
+        for call in sorted(calls, key=lambda call: call.number):
+            first.setdefault((id(call.index), call.task), call)
+        if len(first) < len(calls):
             self._warn_repeated()
-        self._inspected.append((index, task))
-        self.guard.submit(index, ~torch.isfinite(seen.loss) & seen.valid)
+        return list(first.values())
 
     def _warn_repeated(self) -> None:
         if not self._warned_repeated:
@@ -393,8 +417,9 @@ class Session:
 
     def flush(self, trainer: L.Trainer) -> None:
         """After a batch: add what was seen, on every process the same. Only the first member's call does it."""
-        self._flush_tasks(trainer)
-        seen, self._seen = self._seen, []
+        calls = self._first_calls()
+        self._flush_tasks(trainer, calls)
+        seen = [(call.index, call.seen) for call in calls if call.seen is not None]
         if self.dynamics is None or (not seen and trainer.world_size == 1):
             return
         device = self.dynamics.sums.device
@@ -416,17 +441,20 @@ class Session:
         for member in self.members:
             member.observe(index, joined)
 
-    def _flush_tasks(self, trainer: L.Trainer) -> None:
-        seen, self._seen_of_tasks = self._seen_of_tasks, []
-        if not self.tasks or (not seen and trainer.world_size == 1):
+    def _flush_tasks(self, trainer: L.Trainer, calls: list[_Reached]) -> None:
+        """A number a sample and task."""
+        if not self.tasks or (not calls and trainer.world_size == 1):
             return
-        device = trainer.strategy.root_device
+        device, tasks = trainer.strategy.root_device, len(self.tasks)
         nothing = torch.zeros(0, device=device)
-        rows = torch.cat([nothing.long(), *(rows.to(device, non_blocking=True) for rows, _ in seen)])
-        loss = torch.cat([nothing, *(torch.where(of.valid, of.loss.float(), torch.nan) for _, of in seen)])
+        rows, losses = [nothing.long()], [nothing]
+        for call in calls:
+            rows.append(call.index * tasks + self.tasks.index(call.task))
+            losses.append(call.loss if call.complete else torch.where(call.valid, call.loss, torch.nan))
+        index, loss = torch.cat([row.to(device, non_blocking=True) for row in rows]), torch.cat(losses)
         if trainer.world_size > 1:
-            losses, numbers = all_gather_rows(loss[:, None], rows[:, None], device=device)
-            loss, rows = losses[:, 0], numbers[:, 0]
+            gathered, numbers = all_gather_rows(loss[:, None], index[:, None], device=device)
+            loss, index = gathered[:, 0], numbers[:, 0]
         for member in self.members:
             if isinstance(member, MultiTask):
-                member.observe_tasks(rows, loss)
+                member.observe_tasks(index, loss)

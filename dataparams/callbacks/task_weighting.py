@@ -25,9 +25,8 @@ from torch import Tensor, nn
 
 from dataparams.callbacks.base import MethodCallback
 from dataparams.callbacks.logging import log_metrics
-from dataparams.callbacks.tasks import MultiTask, log_share, missing_factor
+from dataparams.callbacks.tasks import MultiTask, missing_factor
 from dataparams.functional.task_weights import COEFFICIENT, dynamic_weight_average, gradnorm_update
-from dataparams.functional.temperature import broadcast_rows
 from dataparams.objective import LossCall, Stage
 from dataparams.optim import RowSGD
 from dataparams.randomness import mixed
@@ -92,10 +91,11 @@ class TaskWeighting(MultiTask, MethodCallback):
         self.epoch_sums = torch.zeros((0, 2))
         self.epoch_means: list[Tensor] = []
         self.first: Tensor | None = None  # GradNorm's losses of the first step
-        self.losses: dict[str, Tensor] = {}  # of the step, with their graphs
+        self.losses: dict[str, Tensor] = {}  # of the batch, with their graphs
         self._shared: nn.Parameter | None = None
-        self._normed_at = -1  # the step at which GradNorm looked last
-        self._coming: Tensor | None = None  # weights from the next step on
+        self._looked_at: Tensor | None = None  # sums over the step's batches: by task gradient at the layer, and loss
+        self._batches = 0  # of the step so far
+        self._global_step = 0
 
     # -- tables ----------------------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class TaskWeighting(MultiTask, MethodCallback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """GradNorm needs the graph after the training step."""
         super().on_fit_start(trainer, pl_module)
-        self._shared, self._normed_at = None, -1
+        self._shared, self._looked_at, self._batches = None, None, 0
         if self.weighting == "gradnorm" and not pl_module.automatic_optimization:
             raise ValueError(
                 "weighting='gradnorm' looks at the tasks' gradients between training_step and the backward pass, which "
@@ -143,28 +143,33 @@ class TaskWeighting(MultiTask, MethodCallback):
     def begin_step(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
         """Draw random weights, the same on every process."""
         self.losses.clear()
+        self._global_step = trainer.global_step
         if self.weighting == "random":
             generator = torch.Generator().manual_seed(mixed(self.seed, DRAWN, trainer.global_step))
             drawn = torch.randn(len(self.forms), generator=generator).softmax(0) * len(self.forms)
             self.weights = drawn.to(trainer.strategy.root_device, non_blocking=True)
 
     def end_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """GradNorm's weights of the next step."""
+        """Of GradNorm: the gradients of the batch's losses at the shared layer."""
         losses, self.losses = self.losses, {}
-        if self.weighting != "gradnorm" or len(losses) < len(self.forms) or self._normed_at == trainer.global_step:
-            return  # of several batches a step the first counts, so that the weights stay until the step
-        self._normed_at = trainer.global_step
+        if self.weighting != "gradnorm":
+            return
+        self._batches += 1
         if self._shared is None:
-            self._shared = self._find_shared(module, list(losses.values()))
-        norms = [torch.autograd.grad(loss, self._shared, retain_graph=True)[0].norm() for loss in losses.values()]
-        seen = torch.stack([torch.stack(norms), torch.stack([loss.detach() for loss in losses.values()])]).float()
-        if trainer.world_size > 1:
-            dist.all_reduce(seen)
-            seen = seen / trainer.world_size
-        self.first = seen[1] if self.first is None else torch.where(self.first > 0, self.first, seen[1])
-        self._coming = gradnorm_update(self.weights, seen[0], seen[1], self.first, self.alpha, self.lr)
+            self._shared = self._find_shared(trainer, module, losses)
+        if self._shared is None:
+            return
+        device = self._shared.device
+        rows = torch.zeros((len(self.forms), self._shared.numel() + 1), device=device)
+        for row, task in zip(rows, self.forms, strict=True):
+            if task in losses and losses[task].requires_grad:
+                (found,) = torch.autograd.grad(losses[task], self._shared, retain_graph=True, allow_unused=True)
+                row[:-1] = 0 if found is None else found.flatten()
+                row[-1] = losses[task].detach()
+        self._looked_at = rows if self._looked_at is None else self._looked_at + rows
 
-    def _find_shared(self, module: L.LightningModule, losses: Sequence[Tensor]) -> nn.Parameter:
+    def _find_shared(self, trainer: L.Trainer, module: L.LightningModule, losses: Mapping[str, Tensor]) -> Any:
+        """The layer, the same on all processes; None while no batch has had a loss of every task."""
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if self.shared is not None:
             within = [p for n, p in named.items() if n == self.shared or n.startswith(f"{self.shared}.")]
@@ -173,11 +178,21 @@ class TaskWeighting(MultiTask, MethodCallback):
                 raise ValueError(f"shared={self.shared!r} is neither a submodule with parameters nor a parameter")
             return candidates[-1]
         parameters = [p for p in named.values() if p.dim() > 1]
-        found = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for loss in losses]
-        by_parameter = list(zip(parameters, *found, strict=True))
-        reached = [p for p, *grads in by_parameter if all(g is not None for g in grads)]
+        # by task and parameter: 1 where the loss reaches it, 2 where the gradient is not all zeros
+        reach = torch.zeros((len(self.forms), len(parameters) + 1), device=trainer.strategy.root_device)
+        for row, task in zip(reach, self.forms, strict=True):
+            if task in losses and losses[task].requires_grad:
+                found = torch.autograd.grad(losses[task], parameters, retain_graph=True, allow_unused=True)
+                row[:-1] = torch.tensor([0.0 if g is None else 1.0 + bool(g.any()) for g in found])
+                row[-1] = 1
+        if trainer.world_size > 1:
+            dist.all_reduce(reach, dist.ReduceOp.MAX)
+        by_all = reach.amin(0).tolist()
+        if not by_all.pop():
+            return None
         # compiled graphs give zeros for what they do not use; so does a task without a label in the batch
-        common = [p for p, *grads in by_parameter if all(g is not None and bool(g.any()) for g in grads)] or reached
+        common = [p for p, least in zip(parameters, by_all, strict=True) if least == 2]
+        common = common or [p for p, least in zip(parameters, by_all, strict=True) if least]
         if not common:
             raise ValueError(
                 "no layer is shared by all tasks; name the one that GradNorm is to look at with shared=..."
@@ -187,10 +202,23 @@ class TaskWeighting(MultiTask, MethodCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """GradNorm's weights change when the optimizer has stepped, not within an accumulated step."""
+        """GradNorm's weights of the next step, once the optimizer has stepped: of the gradients of all its batches, on
+        all processes."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._coming is not None and trainer.global_step != self._normed_at:
-            self.weights, self._coming = self._coming, None
+        if self._session is None or self.weighting != "gradnorm" or trainer.global_step == self._global_step:
+            return
+        seen, batches = self._looked_at, self._batches
+        self._looked_at, self._batches = None, 0
+        if seen is None:
+            return
+        if trainer.world_size > 1:
+            dist.all_reduce(seen)
+        seen = seen / (batches * trainer.world_size)
+        norms, losses = seen[:, :-1].norm(dim=1), seen[:, -1]
+        self.first = losses if self.first is None else torch.where(self.first > 0, self.first, losses)
+        changed = gradnorm_update(self.weights, norms, losses, self.first, self.alpha, self.lr)
+        # a task without a loss in the step says nothing of its pace
+        self.weights = torch.where((losses > 0).all(), changed, self.weights)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The dynamic weight average of the next epoch; log the weights."""
@@ -244,19 +272,24 @@ class _Weight:
         pass
 
     def after(self, call: LossCall) -> None:
+        factor = missing_factor(call)
+        if factor is not None:
+            call.weigh(factor)
+        if self.method.weighting != "equal":
+            call.outer = lambda output: self._weigh(call, output)
+
+    def _weigh(self, call: LossCall, output: Tensor) -> Tensor:
+        """The task's whole loss times its weight: rows of other methods read their gradient below it."""
         method, task = self.method, call.criterion.task
         form, place = method.forms[task], list(method.forms).index(task)
-        factor = missing_factor(call)
         if method.weighting == "gradnorm":
-            losses = call.elementwise()
-            method.losses[task] = call.reduce(losses * broadcast_rows(factor, losses)).sum()
-        if method.weighting == "uncertainty":
-            index = torch.full((1,), place, device=call.input.device)
-            log_sigma = method.tables["log_sigma"].rows(index, device=call.input.device)
-            share = log_share(call)
-            # Classification by the loss over sigma^2 plus log sigma, as in the paper; it starts neutral as the others.
-            coefficient = 2.0 if form in CLASSIFYING else COEFFICIENT[form]
-            call.weigh((-coefficient * log_sigma).exp() * factor)
-            call.log_terms.append((1.0 if form in CLASSIFYING else coefficient) * log_sigma * share)
-        elif method.weighting != "equal" or call.counted is not None:
-            call.weigh(method.weights[place] * factor)
+            before = method.losses.get(task)
+            method.losses[task] = output.sum() if before is None else before + output.sum()
+        if method.weighting != "uncertainty":
+            return output * method.weights[place]
+        index = torch.full((1,), place, device=call.input.device)
+        log_sigma = method.tables["log_sigma"].rows(index, device=call.input.device)[0]
+        # Classification by the loss over sigma^2 plus log sigma, as in the paper; it starts neutral as the others.
+        coefficient = 2.0 if form in CLASSIFYING else COEFFICIENT[form]
+        term = (1.0 if form in CLASSIFYING else coefficient) * log_sigma
+        return output * (-coefficient * log_sigma).exp() + call.reduce_instances(term.expand(len(call.valid)), output)

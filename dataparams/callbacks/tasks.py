@@ -284,9 +284,14 @@ def main_task(module: Any, tasks: Mapping[str, nn.Module], criterion: Any, singl
     if single and len(tasks) > 1:
         raise ValueError(
             f"{' and '.join(single)} acts on one loss, and there are those of the tasks {', '.join(tasks)}: name "
-            'one with criterion="..."'
+            f'one with criterion="..."{_handed_over(tasks)}'
         )
     return next(iter(tasks))
+
+
+def _handed_over(tasks: Mapping[str, nn.Module]) -> str:
+    given = [task for task, child in tasks.items() if isinstance(child, TaskLoss)]
+    return f"; the losses that are handed over with TaskLosses ({', '.join(given)}) will not do" if given else ""
 
 
 def _named_task(module: Any, tasks: Mapping[str, nn.Module], criterion: Any) -> str:
@@ -323,24 +328,18 @@ def instance_means(call: LossCall, losses: Tensor) -> Tensor:
     return (flat * counted).sum(1) / counted.sum(1).clamp(min=1)
 
 
-def missing_factor(call: LossCall) -> Tensor:
-    """What each instance's losses are multiplied by, so that the criterion's mean over all elements becomes the mean,
-    over instances with a label, of their means over elements with a target, ``(B,)``. 1 where nothing is missing."""
-    if call.counted is None or call.criterion.reduction != "mean":
-        return torch.ones_like(call.valid, dtype=torch.float32)
+def missing_factor(call: LossCall) -> Tensor | None:
+    """What each instance's losses are multiplied by, so that the criterion's mean over all elements (of a
+    classification, over those that count) becomes the mean, over instances with a label, of their means over elements
+    with a target, ``(B,)``. None where that is the same."""
+    if call.complete or call.criterion.reduction != "mean":
+        return None
+    if call.counts_classes and call.target.dim() > 1:
+        counted = (call.given != call.criterion.ignore_index).flatten(1).sum(1)
+        # whole numbers over whole numbers: exactly 1 where every instance has as many
+        return call.valid * (counted.sum() / (call.valid.sum() * counted).clamp(min=1))
+    if call.counted is None:
+        return None
     counted = call.counted.flatten(1) if call.counted.dim() > 1 else call.counted[:, None]
-    return counted.shape[1] / counted.sum(1).clamp(min=1) * instance_share(call)
-
-
-def log_share(call: LossCall) -> Tensor:
-    """What each instance's log sigma is multiplied by, so that it counts as often as its losses do, ``(B,)``."""
-    if call.criterion.reduction == "mean":
-        return instance_share(call)
-    if call.criterion.reduction == "none" or call.counted is None:
-        return call.valid.float()
-    return call.counted.reshape(len(call.valid), -1).float().mean(1)  # a sum has a log sigma an element
-
-
-def instance_share(call: LossCall) -> Tensor:
-    """B / (number of instances with a label) for those that have one, else 0, ``(B,)``."""
-    return call.valid * (call.valid.numel() / call.valid.sum().clamp(min=1))
+    share = call.valid * (call.valid.numel() / call.valid.sum().clamp(min=1))
+    return counted.shape[1] / counted.sum(1).clamp(min=1) * share

@@ -108,6 +108,23 @@ def binary_classification(logits: Tensor, target: Tensor) -> Observation:
     return Observation(loss, margin.mean(1), margin.sigmoid().mean(1), (margin > 0).all(1), label, valid)
 
 
+def sample_losses(losses: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean loss of each sample over its elements that count, ``(B,)``, and which samples have one, bool ``(B,)``.
+
+    Args:
+        losses: ``(B, ...)``.
+        counted: bool, the same shape; elements that have a target. None: all.
+    """
+    losses = losses.detach().float()
+    if counted is None:
+        valid = torch.ones(len(losses), dtype=torch.bool, device=losses.device)
+        return losses if losses.dim() == 1 else losses.flatten(1).mean(1), valid
+    if losses.dim() == 1:
+        return losses * counted, counted
+    counted = counted.flatten(1)
+    return _mean(losses.flatten(1), counted), counted.any(1)
+
+
 def regression(losses: Tensor, counted: Tensor | None = None) -> Observation:
     """Observe regression from its element-wise losses.
 
@@ -115,10 +132,7 @@ def regression(losses: Tensor, counted: Tensor | None = None) -> Observation:
         losses: ``(B, ...)``.
         counted: bool, the same shape; elements that have a target. None: all.
     """
-    losses = _elements(losses.detach().float())
-    counted = torch.ones_like(losses, dtype=torch.bool) if counted is None else _elements(counted)
-    loss = _mean(losses, counted)
+    loss, valid = sample_losses(losses, counted)
     nothing = torch.full_like(loss, float("nan"))
     label = torch.full_like(loss, -1, dtype=torch.int64)
-    correct = torch.zeros_like(loss, dtype=torch.bool)
-    return Observation(loss, nothing, nothing, correct, label, counted.any(1))
+    return Observation(loss, nothing, nothing, torch.zeros_like(valid), label, valid)

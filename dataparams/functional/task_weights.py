@@ -11,6 +11,7 @@ from torch import Tensor
 
 # l exp(-c s) + c s: with s = log sigma the fixed point is sigma^c = l
 COEFFICIENT = {"square": 2.0, "absolute": 1.0, "likelihood": 1.0}
+FAR = 10.0  # times the median: what a loss counts for at most in the scale of its task
 
 
 def weighted_task_loss(loss: Tensor, log_sigma: Tensor, form: str = "square") -> Tensor:
@@ -32,6 +33,35 @@ def weighted_task_loss(loss: Tensor, log_sigma: Tensor, form: str = "square") ->
     """
     coefficient = COEFFICIENT[form]
     return loss * (-coefficient * log_sigma).exp() + coefficient * log_sigma
+
+
+def joint_noise_scale(log_instance: Tensor, log_task: Tensor) -> Tensor:
+    """sigma_it = (sigma_task[t] + sigma_inst[i, t]) / 2, from the logs of its parts.
+
+    A sum of sigmas, as that of classes and instances in data parameters; halved, so that it starts at 1 with both
+    [our choice].
+
+    Args:
+        log_instance: ``(B,)``.
+        log_task: a shape that broadcasts with it.
+    """
+    return (log_instance.exp() + log_task.exp()) / 2
+
+
+def typical_loss(losses: Tensor) -> Tensor:
+    """The mean of a task's losses, of which none counts for more than ten times the median of the positive ones.
+
+    Where no loss is that far out it is the mean; a background of 1e10 that was left in a depth map does not set the
+    scale of its task [our choice].
+
+    Args:
+        losses: ``(V,)``; those that are not finite are left out.
+
+    Returns:
+        Scalar; NaN where no loss is positive.
+    """
+    losses = losses[losses.isfinite()].double()
+    return losses.clamp(max=FAR * losses[losses > 0].median()).mean()
 
 
 def dynamic_weight_average(last: Tensor, before: Tensor, temperature: float = 2.0) -> Tensor:

@@ -39,6 +39,9 @@ class RowOptimizer(torch.optim.Optimizer):
     Attributes:
         gather: under several processes, a function that returns all processes' visits, so that each applies the same
             update and the tables stay identical. None: this process only.
+        keep_waiting: a step leaves alone rows that were gathered but not yet back-propagated, for a loss with a
+            backward pass and a step of its own; whoever sets it must clear ``table.pending`` of losses that are thrown
+            away. Default False: a step forgets them.
         world_size: number of processes; a ``"mean"`` gradient is divided by it.
         skipped_steps: int64 tensor on the tables' device; steps not taken because a gradient was not finite.
     """
@@ -69,6 +72,7 @@ class RowOptimizer(torch.optim.Optimizer):
         self.grad_scale: GradScale = grad_scale
         self.duplicates: Duplicates = duplicates
         self.gather: Gather | None = None
+        self.keep_waiting = False
         self.world_size = 1
         self._groups: list[dict[str, Any]] = []
         super().__init__([{"params": []} for _ in self.tables], defaults)
@@ -123,8 +127,8 @@ class RowOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for table, state, group in zip(self.tables, self.row_state, self._groups, strict=True):
             visits = table.visited()
-            if visits:  # rows still on their way to a loss are dropped with them, but outlast another optimizer's step
-                table.pending.clear()
+            if visits:  # rows still on their way to a loss outlast another optimizer's step in any case
+                table.pending = [visit for visit in table.pending if self.keep_waiting and visit.leaf.grad is None]
             if visits or self.gather is not None:
                 self._step_table(table, state, group, visits)
         return loss

@@ -85,7 +85,6 @@ def test_tasks_listed_in_another_order_after_a_resume_keep_what_was_theirs(make,
         np.testing.assert_allclose(frames[0][name], frames[1][name], rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.xfail(strict=True, reason="a step drops visits of the same table that wait for their backward pass")
 def test_the_row_of_a_loss_that_waits_for_its_own_backward_pass_is_not_dropped():
     """Manual optimization, an optimizer step a task: the rows of both are in one table."""
 
@@ -222,14 +221,12 @@ def test_a_row_method_on_losses_without_logits_is_refused():
         train(callbacks, TwoTasks("given"), max_epochs=2)
 
 
-@pytest.mark.xfail(strict=True, reason="the refusal is an unclear error of torch")
 def test_a_selection_on_losses_that_were_handed_over_is_refused_in_words():
     selection = SelfPacedSelection(logits=lambda m, x: m.label_head(m.trunk(x)))
     with pytest.raises(ValueError, match=r"TaskLosses|handed over"):
         train([InstanceTaskWeights(), selection], TwoTasks("given"), max_epochs=3)
 
 
-@pytest.mark.xfail(strict=True, reason="the evaluation pass does not leave out missing values")
 def test_a_selection_by_a_regression_sees_samples_of_which_some_values_are_missing():
     dataset = data(missing=True)
     selection = SelfPacedSelection(
@@ -252,7 +249,6 @@ def test_a_loss_that_is_never_called_is_reported():
 
 
 @pytest.mark.filterwarnings("ignore:the loss is computed several times:UserWarning")
-@pytest.mark.xfail(strict=True, reason="a detached call counts as the first of two")
 def test_a_detached_call_for_the_log_does_not_hide_the_visit():
     class Logs(TwoTasks):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -267,7 +263,6 @@ def test_a_detached_call_for_the_log_does_not_hide_the_visit():
     assert_same(callback.tables["log_sigma_classification"].values, plain.tables["log_sigma_classification"].values)
 
 
-@pytest.mark.xfail(strict=True, reason="the scale is a mean")
 def test_one_absurd_target_in_the_first_batch_does_not_silence_its_task():
     """A background of 1e10 left in a depth map: the scale is then 1e9, for good."""
     x, label, value = data().tensors
@@ -310,7 +305,6 @@ def test_the_main_task_may_be_named_by_its_name():
     np.testing.assert_allclose(frame["mean_loss"], frame["mean_loss_value"], rtol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="a row steps by its share of all pixels that count")
 def test_pixels_are_averaged_over_an_image_before_its_row_sees_them():
     """The step of an image's row is that of its own mean loss, however many of its pixels have a label."""
     generator = torch.Generator().manual_seed(4)
@@ -334,7 +328,6 @@ def test_pixels_are_averaged_over_an_image_before_its_row_sees_them():
     torch.testing.assert_close(rows(callback, "label"), (-0.1 * grad).double(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="their log term does not know of missing labels")
 def test_data_parameters_on_a_regression_with_missing_labels_have_their_fixed_point():
     """sigma^2 = l, whatever share of the batch has a label: at sigma = 1 and l = 1 nothing moves."""
 

@@ -62,10 +62,7 @@ def test_gradnorm_measures_the_loss_that_is_trained_on():
     torch.testing.assert_close(callback.weights, expected)
 
 
-FIRST_ONLY = pytest.mark.xfail(strict=True, reason="GradNorm looks at the first batch of an accumulated step only")
-
-
-@pytest.mark.parametrize("weighting", ["random", pytest.param("gradnorm", marks=FIRST_ONLY)])
+@pytest.mark.parametrize("weighting", ["random", "gradnorm"])
 def test_the_weights_of_tasks_stay_within_an_accumulated_step(weighting):
     """As the suite asks of every method: two half batches are the joint batch."""
     models, callbacks = [], []
@@ -113,7 +110,6 @@ def test_a_batch_without_any_label_for_a_classification_is_a_batch_of_the_other_
     assert np.isfinite(seen).all()
 
 
-@pytest.mark.xfail(strict=True, reason="log terms are not weighed")
 def test_rows_beside_a_weighting_of_tasks_keep_their_fixed_point():
     """The weight of a task is no part of a sample's own loss: at sigma = 1 and l = 1 nothing moves."""
 
