@@ -64,6 +64,9 @@ class DynamicsTable:
         """
         valid = seen.valid & torch.isfinite(seen.loss)
         segment = segments(index)
+        if segment is None and valid.device.type == "cpu" and bool(valid.all()):
+            self._add_all(index, seen)
+            return
         visited, correct, label = valid, seen.correct, seen.label
         share = valid  # of duplicates each adds its own visit, one the event of forgetting
         if segment is not None:
@@ -83,6 +86,15 @@ class DynamicsTable:
         else:
             self.sums[index] = self.sums[index] + segment_sum(segment, values)
         self.last[index] = torch.where(visited, (2 * (label + 1) + correct).to(torch.int32), before)
+
+    def _add_all(self, index: Tensor, seen: Observation) -> None:
+        """The same where no sample comes twice and all of them count, as in most batches."""
+        before = self.last[index]
+        forgotten = (before & 1).bool() & ~seen.correct
+        columns = (seen.loss, seen.margin, seen.confidence, seen.confidence.square(), seen.valid, forgotten)
+        whole = [c if c.dtype == self.sums.dtype else c.to(self.sums.dtype) for c in columns]
+        self.sums.index_add_(0, index, torch.stack(whole, 1))
+        self.last[index] = (2 * (seen.label + 1) + seen.correct).to(torch.int32)
 
     def to_frame(self) -> pd.DataFrame:
         """One line a sample; see the README's table of columns. Samples never visited have NaN."""

@@ -50,6 +50,7 @@ class LossCall:
         unbatched: the user gave one sample without a batch dimension.
         counted: bool like ``target``; elements of a task's regression that have a target. None: all.
         plain: per-element losses of the input and target as they were given, where :meth:`look` had to compute them.
+        means: those of each sample, over its elements that count, ``(B,)``.
         loss: ``(B,)`` plain loss of each sample, the mean over its elements that count; no gradient.
         seen: all of its training dynamics, where they were asked for.
         outer: applied to the finished loss, for weights of the whole task, which are no part of a sample's own loss.
@@ -74,6 +75,7 @@ class LossCall:
     counted: Tensor | None = None
     complete: bool = False
     plain: Tensor | None = None
+    means: Tensor | None = None
     loss: Tensor | None = None
     seen: Observation | None = None
     outer: Callable[[Tensor], Tensor] | None = None
@@ -116,9 +118,14 @@ class LossCall:
         """The current per-element losses."""
         if self.losses is not None:
             return self.losses
-        if self.plain is not None and self.input is self.logits and self.target is self.given:
+        if self.plain is not None and self.as_given:
             return self.plain
         return self.criterion.elementwise(self.input, self.target)
+
+    @property
+    def as_given(self) -> bool:
+        """No stage has replaced input, target or losses."""
+        return self.losses is None and self.input is self.logits and self.target is self.given
 
     def reduce(self, losses: Tensor) -> Tensor:
         """Reduce per-element losses as the user's criterion does: its mean divides by the class weights it applied."""
@@ -127,7 +134,7 @@ class LossCall:
         if self.criterion.reduction == "sum":
             return losses.sum()
         if self.criterion.kind == "given":
-            return losses.sum() / self.target.sum().clamp(min=1)
+            return losses.sum() / (len(losses) if self.complete else self.target.sum().clamp(min=1))
         if not self.counts_classes:
             return losses.mean()
         return losses.sum() / self.divisor()
@@ -162,10 +169,12 @@ class LossCall:
 
     def finish(self, output: Tensor) -> Tensor:
         """The value that the user's code receives in place of the criterion's ``output``."""
-        if self.criterion.task and self.counts_classes and self.criterion.reduction == "mean":
+        if self.criterion.task and not self.complete and self.counts_classes and self.criterion.reduction == "mean":
             output = torch.where(self.valid.any(), output, torch.zeros_like(output))  # no label at all: 0 / 0
         if self.weight is not None:
             output = self._weighed(output)
+        elif self.losses is not None and self.complete and self.losses.dim() == 1 and self.criterion.reduction == "mean":
+            return self.reduce(sum(self.log_terms, self.losses))
         elif self.losses is not None:
             output = self.reduce(self.losses)
         for term in self.log_terms:
@@ -233,17 +242,19 @@ class LossCall:
         if self.seen is None and (task_regression or kind == "given"):  # what a weight of the loss will ask for
             self.plain = self.criterion.elementwise(self.input, self.target)
         with torch.no_grad():
-            if self.seen is None:
-                losses = self._plain_losses() if self.plain is None else self.plain
-                counted = self._counted(losses)
-                self.loss, self.valid = observe.sample_losses(losses, counted)
-                self.complete = self.complete or (counted is None and bool(self.criterion.task))
-                if in_full:
-                    self.seen = observe.regression(self.loss, self.valid)
-            else:
-                self.loss, self.valid = self.seen.loss, self.seen.valid
-            if not self.complete and self.valid.device.type == "cpu" and self.target.dim() == 1:
-                self.complete = bool(self.valid.all())
+            losses = self._plain_losses() if self.seen is None and self.plain is None else self.plain
+        if self.seen is not None or losses is None:
+            assert self.seen is not None
+            self.loss, self.valid = self.seen.loss, self.seen.valid
+        else:
+            counted = self._counted(losses)
+            self.means, self.valid = observe.sample_losses(losses, counted, self.valid)
+            self.loss = self.means.detach()
+            self.complete = self.complete or (counted is None and bool(self.criterion.task))
+            if in_full:
+                self.seen = observe.regression(self.loss, self.valid)
+        if not self.complete and self.valid.device.type == "cpu" and self.target.dim() == 1:
+            self.complete = bool(self.valid.all())
 
     def _counted(self, losses: Tensor) -> Tensor | None:
         if self.complete:
@@ -328,6 +339,7 @@ class Objective:
         self.add_stages(stages)
         self.loss_scale: Callable[[], Tensor] | None = None
         self.criterion: Criterion | None = None  # the last one called
+        self._all: Tensor | None = None
         self.main_task = ""
         self.inspector: Callable[[LossCall, Observation | None], None] | None = None
         self.observer: Callable[[LossCall, Observation | None], None] | None = None
@@ -361,14 +373,20 @@ class Objective:
         unbatched = is_unbatched(criterion.kind, input, target)
         if unbatched:
             input, target = input.unsqueeze(0), target.unsqueeze(0)
-        valid = torch.ones(input.shape[:1], dtype=torch.bool, device=input.device)
-        call = LossCall(criterion, input, target, index, valid, unbatched=unbatched)
+        call = LossCall(criterion, input, target, index, self._all_of(input), unbatched=unbatched)
         call.look(in_full=criterion.task == self.main_task)
         if self.inspector is not None:
             self.inspector(call, call.seen)
         for stage in self.stages:
             stage.before(call)
         return call
+
+    def _all_of(self, input: Tensor) -> Tensor:
+        """True for each sample; the same tensor as long as batches are as large, for nobody writes to it."""
+        kept = self._all
+        if kept is None or len(kept) != len(input) or kept.device != input.device:
+            kept = self._all = torch.ones(len(input), dtype=torch.bool, device=input.device)
+        return kept
 
     def end(self, call: LossCall, output: Tensor) -> Tensor:
         """Finish a call: the stages after the criterion, and its output as the user's code will see it."""

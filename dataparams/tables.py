@@ -42,7 +42,7 @@ class Visit:
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
     # Only towards an accelerator may a copy go on behind: towards the host the next line would read it too early.
-    return tensor.to(device, non_blocking=device.type != "cpu")
+    return tensor if tensor.device == device else tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def require_room(nbytes: int, what: str, place: torch.device | Path) -> None:
@@ -281,7 +281,8 @@ class ParameterTable:
         Args:
             index: ``(V,)`` int64 on the table's device, in range.
         """
-        return self.values[index].to(torch.promote_types(self.values.dtype, torch.float32))
+        rows = self.values[index]
+        return rows if rows.dtype == torch.float32 else rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     def write(self, index: Tensor, rows: Tensor) -> None:
         """Overwrite rows.
@@ -290,7 +291,7 @@ class ParameterTable:
             index: ``(V,)`` int64 on the table's device, in range; entries that name one row must bring equal values.
             rows: ``(V, *row_shape)``, rounded to the storage type.
         """
-        self.values[index] = rows.to(self.values.dtype)
+        self.values[index] = rows if rows.dtype == self.values.dtype else rows.to(self.values.dtype)
 
     def visited(self) -> list[Visit]:
         """Visits that back-propagation has reached since the last step."""

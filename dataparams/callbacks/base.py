@@ -242,7 +242,7 @@ class MethodCallback(SampleTable, L.Callback):
         """Log the whole tables; warn once where rows have hardly moved."""
         if self._session is None or not self.tables:
             return
-        self._session.guard.drain()
+        self._session.recorder.guard.drain()
         log_metrics(trainer, {f"{self.log_name}/{k}": v for k, v in self._statistics(None).items()})
         for name, table in self.tables.items():
             log_histogram(trainer, f"{self.log_name}/{name}", table.values)

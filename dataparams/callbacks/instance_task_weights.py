@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dataparams.callbacks.base import MethodCallback
-from dataparams.callbacks.tasks import MultiTask, instance_means, missing_factor
+from dataparams.callbacks.tasks import MultiTask, instance_share, missing_factor
 from dataparams.distributed import all_gather_rows
 from dataparams.functional.task_weights import COEFFICIENT, joint_noise_scale, typical_loss
 from dataparams.functional.temperature import broadcast_rows, scale_log_probs, scale_logits
@@ -116,6 +116,7 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
         self.task_wide = task_wide
         self.task_lr = task_lr
         self.scales: dict[str, Tensor] = {}  # of the regressions, by task, once known
+        self._inverse: dict[str, float] = {}  # one over the scales, on the host
         self._first: dict[str, list[Tensor]] = {}  # losses from which the processes take the scales at the step's end
         self._gathered: dict[str, tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]] = {}  # rows of the step, by table
         # also checks rates, momentum and bounds, before any training
@@ -189,34 +190,33 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
 
     # -- the scale of a task ---------------------------------------------------------------------------------------
 
-    def scaled(self, call: LossCall, losses: Tensor, weight: Tensor) -> Tensor:
-        """The losses times their weight, over the typical loss of the task's first batch that has a label for it.
+    def inverse_scale(self, call: LossCall) -> Tensor | float:
+        """One over the typical loss of the task's first batch that has a label for it.
 
         Under several processes that is known only when all have come to the end of the training step, for one of them
-        may not call the loss at all. Until then the part of this process stands in, and the gradient makes up for the
-        difference.
-
-        Args:
-            call: of the task.
-            losses: per element.
-            weight: ``(B,)``.
+        may not call the loss at all. Until then the part of this process stands in, see :meth:`corrected`.
         """
         task = call.criterion.task
-        known = self.scales.get(task)
-        if known is not None:
-            return losses * broadcast_rows(weight / known, losses)
-        seen = instance_means(call, losses.detach())[call.valid].float()
+        if task in self._inverse:
+            return self._inverse[task]
+        if task in self.scales:  # once a fit the host waits for it
+            self._inverse[task] = 1 / float(self.scales[task])
+            return self._inverse[task]
+        assert call.means is not None
+        seen = call.means.detach()[call.valid].float()
         own = _positive(typical_loss(seen))
-        if not (dist.is_available() and dist.is_initialized()):
-            if own is not None:
-                self.scales[task] = own
-            return losses * broadcast_rows(weight / (1.0 if own is None else own), losses)
-        self._first.setdefault(task, []).append(seen)
-        own = torch.ones((), device=losses.device) if own is None else own
-        product = losses * broadcast_rows(weight / own, losses)
-        if product.requires_grad:
-            product.register_hook(lambda gradient: gradient * (own / self.scales.get(task, own)))
-        return product
+        if dist.is_available() and dist.is_initialized():
+            self._first.setdefault(task, []).append(seen)
+        elif own is not None:
+            self.scales[task] = own
+        return 1.0 if own is None else 1 / float(own)
+
+    def corrected(self, call: LossCall, losses: Tensor, inverse: Tensor | float) -> Tensor:
+        """Losses whose gradient makes up for a scale that was only this process's, once the common one is known."""
+        task = call.criterion.task
+        if task in self._first and losses.requires_grad:
+            losses.register_hook(lambda gradient: gradient / (inverse * self.scales[task]) if task in self.scales else gradient)
+        return losses
 
     def begin_step(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
         """Nothing is gathered yet."""
@@ -242,6 +242,7 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
         """Scales live on the device."""
         super().prepare(num_rows, trainer)
         self.scales = {task: scale.to(trainer.strategy.root_device) for task, scale in self.scales.items()}
+        self._inverse.clear()
 
     # -- what the user gets ----------------------------------------------------------------------------------------
 
@@ -305,12 +306,20 @@ class _TaskWeights:
             return
         _, log_sigma = method.sigma_of(call)
         term = COEFFICIENT[form] * log_sigma
-        weight = (-term).exp() if factor is None else (-term).exp() * factor
-        if method.scale is None or form not in SCALED:
-            call.weigh(weight)
-        else:  # not through weigh(), whose difference to the user's own loss would lose digits
-            call.losses = method.scaled(call, call.elementwise(), weight)
+        weight = (-term).exp()
         call.log_terms.append(term)
+        if method.scale is None or form not in SCALED:
+            call.weigh(weight if factor is None else weight * factor)
+            return
+        # not through weigh(), whose difference to the user's own loss would lose digits
+        inverse = method.inverse_scale(call)
+        weight = weight * inverse
+        if call.means is not None and call.as_given and call.criterion.reduction == "mean":
+            losses, factor = call.means, None if call.complete or call.counted is None else instance_share(call)
+        else:
+            losses = call.elementwise()
+        weight = weight if factor is None else weight * factor
+        call.losses = method.corrected(call, losses * broadcast_rows(weight, losses), inverse)
 
 
 def _positive(scale: Tensor) -> Tensor | None:

@@ -6,23 +6,20 @@ The first callback to join installs it, the last to leave undoes it, after succe
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
-from dataparams.callbacks.guard import NonFiniteGuard
 from dataparams.callbacks.hooks import WAYS_IN, LossMode, eagerly, find_criterion, is_compiled, make_hooks, name_in
+from dataparams.callbacks.recorder import Recorder
 from dataparams.callbacks.tasks import MultiTask, OfTask, main_task
 from dataparams.criterion import FUNCTION_KINDS, Criterion
-from dataparams.distributed import all_gather_rows
 from dataparams.dynamics import DynamicsTable
-from dataparams.functional.dynamics import Observation
 from dataparams.index import IndexTracker
 from dataparams.objective import LossCall, Objective, Stage, samples_in
 
@@ -33,18 +30,6 @@ if TYPE_CHECKING:
 _SESSIONS: weakref.WeakKeyDictionary[L.Trainer, Session] = weakref.WeakKeyDictionary()
 
 
-class _Reached(NamedTuple):
-    """A loss call that back-propagation came to, without its graph."""
-
-    number: int
-    index: Tensor
-    task: str
-    loss: Tensor
-    valid: Tensor
-    complete: bool
-    seen: Observation | None
-
-
 class Session:
     """One fit of one trainer. Made by :meth:`join`; callbacks talk to it, users do not."""
 
@@ -53,7 +38,7 @@ class Session:
         self.objective = Objective()
         self.tracker = IndexTracker()
         self.dynamics: DynamicsTable | None = None
-        self.guard = NonFiniteGuard()
+        self.recorder = Recorder(self.members)
         self.lookahead: LookAhead | None = None
         self.splits = False  # a meta set is held out of the training loader
         self.active = False
@@ -62,9 +47,6 @@ class Session:
         self._handles: list[Any] = []
         self._module_calls: list[LossCall | None] = []
         self.tasks: list[str] = []  # where there are several
-        self._inspected: list[LossCall] = []  # of this training step
-        self._reached: list[_Reached] = []  # those that back-propagation came to, until they are recorded
-        self._warned_repeated = False
         self._functions: set[Callable[..., Any]] | None = None
         self._used_functions: set[str] = set()
         self._calls = 0
@@ -91,7 +73,7 @@ class Session:
         if session is None:  # nothing is patched before the arguments are known to be good
             session = _SESSIONS[trainer] = cls(trainer)
             session.tracker.install(trainer)
-        session.members = sorted(members, key=lambda m: (type(m).__name__, m.state_key))
+        session.members = session.recorder.members = sorted(members, key=lambda m: (type(m).__name__, m.state_key))
         session.tracker.required = session.needs_loss
         for name, value in agreed.items():
             setattr(session.tracker, name, value)
@@ -122,7 +104,7 @@ class Session:
             self.lookahead.close()
             self.lookahead = None
         self.active = False
-        self.guard.drain()
+        self.recorder.guard.drain()
         _SESSIONS.pop(trainer, None)
 
     # -- life cycle ------------------------------------------------------------------------------------------------
@@ -137,8 +119,8 @@ class Session:
                 "callbacks"
             )
         self.objective = Objective()
-        self.objective.inspector = self._inspect
-        self.objective.observer = self._record
+        self.objective.inspector = self.recorder.inspect
+        self.objective.observer = self.recorder.record
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             self.objective.loss_scale = lambda: scaler.scale(torch.ones((), device=trainer.strategy.root_device))
@@ -236,7 +218,7 @@ class Session:
         for member in self.members:
             if isinstance(member, MultiTask):
                 member.take_tasks(criteria, found)
-        self.tasks = list(finder.forms)
+        self.tasks = self.recorder.tasks = list(finder.forms)
 
     def _hook(self, child: nn.Module, name: str, task: str = "", kind: str | None = None) -> Criterion:
         criterion = Criterion.of_module(child, name, task, kind in ("l1", "l2", "other"))
@@ -255,10 +237,9 @@ class Session:
 
     @contextmanager
     def _listen(self) -> Iterator[None]:
-        self.guard.poll()
+        self.recorder.begin_step()
         self._grow()
         self._module_calls.clear()
-        self._inspected.clear()
         for member in self.members:
             for table in member.tables.values():
                 table.pending = table.visited()  # what an earlier step gathered and never used
@@ -269,7 +250,7 @@ class Session:
                 yield
         finally:
             self.active = False
-            self._guard_losses()
+            self.recorder.end_step()
 
     @property
     def listening(self) -> bool:
@@ -370,91 +351,6 @@ class Session:
         for member in self.members:
             member.resize(capacity)
 
-    # -- training dynamics -----------------------------------------------------------------------------------------
-
-    def _record(self, call: LossCall, seen: Observation | None) -> None:
-        for member in self.members:
-            if isinstance(member, MultiTask):
-                member.called.add(call.criterion.task)
-        assert call.loss is not None
-        task = call.criterion.task
-        self._reached.append(_Reached(call.number, call.index, task, call.loss, call.valid, call.complete, seen))
-
-    def _inspect(self, call: LossCall, seen: Observation | None) -> None:
-        call.number = len(self._inspected)
-        self._inspected.append(call)
-
-    def _guard_losses(self) -> None:
-        """Name the samples whose loss is not finite, of all the step's calls at once."""
-        calls, self._inspected = self._inspected, []
-        if calls:
-            losses = torch.cat([call.loss for call in calls if call.loss is not None])
-            bad = ~losses.isfinite()
-            if bad.device.type == "cpu" and not bool(bad.any()):
-                return
-            valid = torch.cat([call.valid for call in calls])
-            self.guard.submit(torch.cat([call.index for call in calls]), bad & valid)
-
-    def _first_calls(self) -> list[_Reached]:
-        """The calls that back-propagation reached, in order; of several for the same samples and task the first."""
-        calls, self._reached = self._reached, []
-        first: dict[tuple[int, str], _Reached] = {}
-        for call in sorted(calls, key=lambda call: call.number):
-            first.setdefault((id(call.index), call.task), call)
-        if len(first) < len(calls):
-            self._warn_repeated()
-        return list(first.values())
-
-    def _warn_repeated(self) -> None:
-        if not self._warned_repeated:
-            self._warned_repeated = True
-            warnings.warn(
-                "the loss is computed several times a step for the same samples. Rows learn from all of it; the table "
-                "keeps the first as the sample's visit. Where labels or samples were mixed or reordered (mixup), say "
-                "whose loss it is: callback.loss(logits, target, index=...)",
-                stacklevel=2,
-            )
-
     def flush(self, trainer: L.Trainer) -> None:
-        """After a batch: add what was seen, on every process the same. Only the first member's call does it."""
-        calls = self._first_calls()
-        self._flush_tasks(trainer, calls)
-        seen = [(call.index, call.seen) for call in calls if call.seen is not None]
-        if self.dynamics is None or (not seen and trainer.world_size == 1):
-            return
-        device = self.dynamics.sums.device
-        if not seen:
-            nothing = torch.zeros(0, device=device)
-            flag = nothing.bool()
-            seen = [(nothing.long(), Observation(nothing, nothing, nothing, flag, nothing.long(), flag))]
-        index = torch.cat([rows.to(device, non_blocking=True) for rows, _ in seen])
-        joined = Observation(*(torch.cat(column) for column in zip(*(s for _, s in seen), strict=True)))
-        if trainer.world_size > 1:
-            floats = torch.stack((joined.loss, joined.margin, joined.confidence), 1).float()
-            integers = torch.stack((index, joined.correct.long(), joined.label, joined.valid.long()), 1)
-            floats, integers = all_gather_rows(floats, integers, device=trainer.strategy.root_device)
-            index = integers[:, 0]
-            loss, margin, confidence = floats.unbind(1)
-            correct, label, valid = integers[:, 1].bool(), integers[:, 2], integers[:, 3].bool()
-            joined = Observation(loss, margin, confidence, correct, label, valid)
-        self.dynamics.update(index, joined)
-        for member in self.members:
-            member.observe(index, joined)
-
-    def _flush_tasks(self, trainer: L.Trainer, calls: list[_Reached]) -> None:
-        """A number a sample and task."""
-        if not self.tasks or (not calls and trainer.world_size == 1):
-            return
-        device, tasks = trainer.strategy.root_device, len(self.tasks)
-        nothing = torch.zeros(0, device=device)
-        rows, losses = [nothing.long()], [nothing]
-        for call in calls:
-            rows.append(call.index * tasks + self.tasks.index(call.task))
-            losses.append(call.loss if call.complete else torch.where(call.valid, call.loss, torch.nan))
-        index, loss = torch.cat([row.to(device, non_blocking=True) for row in rows]), torch.cat(losses)
-        if trainer.world_size > 1:
-            gathered, numbers = all_gather_rows(loss[:, None], index[:, None], device=device)
-            loss, index = gathered[:, 0], numbers[:, 0]
-        for member in self.members:
-            if isinstance(member, MultiTask):
-                member.observe_tasks(index, loss)
+        """After a batch. Only the first member's call does it."""
+        self.recorder.flush(trainer, self.dynamics)

@@ -124,8 +124,7 @@ class TaskWeighting(MultiTask, MethodCallback):
     def observe_tasks(self, rows: Tensor, loss: Tensor) -> None:
         """Also the epoch's mean losses."""
         super().observe_tasks(rows, loss)
-        seen = loss.isfinite()
-        values = torch.stack((torch.where(seen, loss, torch.zeros_like(loss)), seen.to(loss.dtype)), 1)
+        values = torch.stack((loss.nan_to_num(0.0, 0.0, 0.0), loss.isfinite().to(loss.dtype)), 1)
         self.epoch_sums.index_add_(0, rows % len(self.forms), values)
 
     # -- the weights -----------------------------------------------------------------------------------------------

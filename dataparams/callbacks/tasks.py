@@ -186,7 +186,7 @@ class MultiTask(SampleTable):
             loss: ``(V,)`` plain loss; NaN where the sample has no label for the task.
         """
         seen = loss.isfinite()
-        values = torch.stack((torch.where(seen, loss, torch.zeros_like(loss)), seen.to(loss.dtype)), 1)
+        values = torch.stack((loss.nan_to_num(0.0, 0.0, 0.0), seen.to(loss.dtype)), 1)
         self.task_sums.index_add_(0, rows, values)
 
     def columns(self, frame: pd.DataFrame) -> dict[str, Any]:
@@ -319,15 +319,6 @@ def _loss(module: nn.Module, task: str, where: str | nn.Module) -> nn.Module:
     return where
 
 
-def instance_means(call: LossCall, losses: Tensor) -> Tensor:
-    """Means of an instance's losses over its elements that have a target, ``(B,)``; 0 where none has."""
-    flat = losses.flatten(1) if losses.dim() > 1 else losses[:, None]
-    if call.counted is None:
-        return flat.mean(1)
-    counted = call.counted.reshape(flat.shape)
-    return (flat * counted).sum(1) / counted.sum(1).clamp(min=1)
-
-
 def missing_factor(call: LossCall) -> Tensor | None:
     """What each instance's losses are multiplied by, so that the criterion's mean over all elements (of a
     classification, over those that count) becomes the mean, over instances with a label, of their means over elements
@@ -341,5 +332,9 @@ def missing_factor(call: LossCall) -> Tensor | None:
     if call.counted is None:
         return None
     counted = call.counted.flatten(1) if call.counted.dim() > 1 else call.counted[:, None]
-    share = call.valid * (call.valid.numel() / call.valid.sum().clamp(min=1))
-    return counted.shape[1] / counted.sum(1).clamp(min=1) * share
+    return counted.shape[1] / counted.sum(1).clamp(min=1) * instance_share(call)
+
+
+def instance_share(call: LossCall) -> Tensor:
+    """B / (number of instances with a label) for those that have one, else 0, ``(B,)``."""
+    return call.valid * (call.valid.numel() / call.valid.sum().clamp(min=1))

@@ -59,6 +59,10 @@ def classification(logits: Tensor, target: Tensor, ignore_index: int = -100) -> 
         target = target.argmax(1)
     logits = logits.detach().float()
     single = target.dim() == 1
+    if single and logits.device.type == "cpu" and logits.dim() == 2:
+        valid = target != ignore_index
+        if bool(valid.all()):
+            return _classification(logits, target, valid)
     logits = logits.movedim(1, -1).flatten(1, -2) if not single else logits[:, None]  # (B, E, C)
     target = _elements(target)
     valid = target != ignore_index
@@ -91,6 +95,16 @@ def classification(logits: Tensor, target: Tensor, ignore_index: int = -100) -> 
     )
 
 
+def _classification(logits: Tensor, target: Tensor, valid: Tensor) -> Observation:
+    """One label a sample ``(B,)``, known to be there for all, on the CPU."""
+    if target.numel() and int(target.max()) >= logits.shape[-1]:
+        raise IndexError(f"label {int(target.max())} is out of bounds for {logits.shape[-1]} logits")
+    place = target[:, None]
+    log_prob = F.log_softmax(logits, 1).gather(1, place)[:, 0]
+    margin = logits.gather(1, place)[:, 0] - logits.scatter(1, place, float("-inf")).amax(1)
+    return Observation(-log_prob, margin, log_prob.exp(), margin > 0, target, valid)
+
+
 def binary_classification(logits: Tensor, target: Tensor) -> Observation:
     """Observe sigmoid classification, one or many labels a sample.
 
@@ -108,17 +122,17 @@ def binary_classification(logits: Tensor, target: Tensor) -> Observation:
     return Observation(loss, margin.mean(1), margin.sigmoid().mean(1), (margin > 0).all(1), label, valid)
 
 
-def sample_losses(losses: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def sample_losses(losses: Tensor, counted: Tensor | None, everyone: Tensor) -> tuple[Tensor, Tensor]:
     """Mean loss of each sample over its elements that count, ``(B,)``, and which samples have one, bool ``(B,)``.
 
     Args:
         losses: ``(B, ...)``.
         counted: bool, the same shape; elements that have a target. None: all.
+        everyone: ``(B,)``, True: what to say then.
     """
-    losses = losses.detach().float()
+    losses = losses if losses.dtype == torch.float32 else losses.float()
     if counted is None:
-        valid = torch.ones(len(losses), dtype=torch.bool, device=losses.device)
-        return losses if losses.dim() == 1 else losses.flatten(1).mean(1), valid
+        return losses if losses.dim() == 1 else losses.flatten(1).mean(1), everyone
     if losses.dim() == 1:
         return losses * counted, counted
     counted = counted.flatten(1)
@@ -132,7 +146,8 @@ def regression(losses: Tensor, counted: Tensor | None = None) -> Observation:
         losses: ``(B, ...)``.
         counted: bool, the same shape; elements that have a target. None: all.
     """
-    loss, valid = sample_losses(losses, counted)
+    everyone = torch.ones(len(losses), dtype=torch.bool, device=losses.device)
+    loss, valid = sample_losses(losses.detach(), counted, everyone)
     nothing = torch.full_like(loss, float("nan"))
     label = torch.full_like(loss, -1, dtype=torch.int64)
     return Observation(loss, nothing, nothing, torch.zeros_like(valid), label, valid)

@@ -32,7 +32,11 @@ def temperature(log_instance: Tensor | None = None, log_class: Tensor | None = N
 
 def broadcast_rows(rows: Tensor, like: Tensor) -> Tensor:
     """View per-instance values ``(B,)`` so that they broadcast over ``like``, shape ``(B, ...)``."""
-    return rows.reshape(rows.shape + (1,) * (like.dim() - rows.dim()))
+    return rows if rows.dim() >= like.dim() else rows.reshape(rows.shape + (1,) * (like.dim() - rows.dim()))
+
+
+def _like(logits: Tensor, scaled: Tensor) -> Tensor:
+    return scaled if scaled.dtype == logits.dtype else scaled.to(logits.dtype)
 
 
 def scale_logits(logits: Tensor, sigma: Tensor) -> Tensor:
@@ -44,6 +48,8 @@ def scale_logits(logits: Tensor, sigma: Tensor) -> Tensor:
     """
     # A class masked with -inf would send 0 * -inf = NaN to sigma: it takes no part in the division.
     masked = logits == float("-inf")
+    if masked.device.type == "cpu" and not bool(masked.any()):
+        return _like(logits, logits / broadcast_rows(sigma, logits))
     scaled = logits.masked_fill(masked, 0) / broadcast_rows(sigma, logits)
     return scaled.masked_fill(masked, float("-inf")).to(logits.dtype)
 

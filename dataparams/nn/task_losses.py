@@ -29,7 +29,7 @@ class TaskLoss(nn.Module):
         self.kind = kind
 
     def forward(self, losses: Tensor, counted: Tensor) -> Tensor:
-        losses = torch.where(counted, losses, torch.zeros_like(losses))
+        losses = torch.where(counted, losses, 0.0)
         if self.reduction == "none":
             return losses
         return losses.sum() / counted.sum().clamp(min=1)
@@ -80,7 +80,7 @@ class TaskLosses(nn.Module):
                     "mean over its pixels, joints or words"
                 )
             counted = ~losses[name].isnan()
-            loss = task(torch.where(counted, losses[name], torch.zeros_like(losses[name])), counted)
+            loss = task(losses[name], counted)
             total = loss if total is None else total + loss
         assert total is not None
         return total

@@ -27,7 +27,15 @@ Gather = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def _broadcast(mask: Tensor, like: Tensor) -> Tensor:
-    return mask.reshape(mask.shape + (1,) * (like.dim() - mask.dim()))
+    return mask if mask.dim() == like.dim() else mask.reshape(mask.shape + (1,) * (like.dim() - mask.dim()))
+
+
+def _on(device: torch.device, tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [t if t.device == device else t.to(device) for t in tensors]
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -140,69 +148,105 @@ class RowOptimizer(torch.optim.Optimizer):
         group: dict[str, Any],
         visits: list[Visit],
     ) -> None:
-        index, grad, valid = self._collect(table, visits)
         if self.gather is not None:
-            index, grad, valid = self.gather(index, grad, valid)
+            index, grad, valid = self.gather(*self._collect(table, visits))
+        else:
+            index, grad, valid = self._joined(table, visits)
         if not index.numel():
             return
         segment = segments(index)
-        counts = segment_sum(segment, valid.to(grad.dtype))
-        grad = segment_sum(segment, torch.where(_broadcast(valid, grad), grad, torch.zeros_like(grad)))
-        if self.duplicates == "mean":
-            grad = grad / _broadcast(counts.clamp(min=1), grad)
+        counts: Tensor | None = None  # how often each entry's row counts; None: once
+        if valid is not None or segment is not None:
+            valid = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+            counts = segment_sum(segment, valid.to(grad.dtype))
+            grad = segment_sum(segment, torch.where(_broadcast(valid, grad), grad, torch.zeros_like(grad)))
+            if self.duplicates == "mean":
+                grad = grad / _broadcast(counts.clamp(min=1), grad)
         rows = table.read(index)
         if group["weight_decay"] and self.coupled_decay:
-            times = counts if self.duplicates == "sum" else counts.clamp(max=1)
-            grad = grad + group["weight_decay"] * _broadcast(times, grad) * rows
+            decay = group["weight_decay"] * rows
+            if counts is not None:
+                decay = decay * _broadcast(counts if self.duplicates == "sum" else counts.clamp(max=1), grad)
+            grad = grad + decay
         finite = torch.isfinite(grad).all()
-        self.skipped_steps += (~finite).to(self.skipped_steps)
-        write = _broadcast((counts > 0) & finite, grad)
+        on_host = finite.device.type == "cpu"
+        if not on_host or not bool(finite):
+            self.skipped_steps += (~finite).to(self.skipped_steps)
+            if on_host:
+                return
+        written = None if counts is None else counts > 0
+        if not on_host:
+            written = finite.expand(len(index)) if written is None else written & finite
+        self._write(table, state, group, index, grad, rows, counts, written, valid)
 
+    def _write(
+        self,
+        table: ParameterTable,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+        index: Tensor,
+        grad: Tensor,
+        rows: Tensor,
+        counts: Tensor | None,
+        written: Tensor | None,
+        valid: Tensor | None,
+    ) -> None:
+        """The rule's step, where ``written``, ``(V,)``, says so; None: everywhere."""
         visited_state = {name: buffer[index] for name, buffer in state.items()}
-        new_state = {name: value.clone() for name, value in visited_state.items()}
-        step = self._update(new_state, grad, group, valid / counts.clamp(min=1))
+        new_state = visited_state if written is None else {name: v.clone() for name, v in visited_state.items()}
+        share = torch.ones_like(index, dtype=grad.dtype) if counts is None else valid / counts.clamp(min=1)
+        step = self._update(new_state, grad, group, share)
         if group["weight_decay"] and not self.coupled_decay:
             step = step + group["weight_decay"] * (rows - table.init)
         new_rows = rows - step
         if table.bounds is not None:
             new_rows = new_rows.clamp(*table.bounds)
         # Entries of one segment hold the same result, so it does not matter which of the duplicated writes comes last.
-        table.write(index, torch.where(write, new_rows, rows))
+        table.write(index, new_rows if written is None else torch.where(_broadcast(written, rows), new_rows, rows))
         for name, buffer in state.items():
-            mask = write if buffer.dim() == grad.dim() else (counts > 0) & finite
-            buffer[index] = torch.where(mask, new_state[name], visited_state[name])
+            new = new_state[name]
+            if written is not None:
+                mask = _broadcast(written, grad) if buffer.dim() == grad.dim() else written
+                new = torch.where(mask, new, visited_state[name])
+            buffer[index] = new
 
     def _collect(self, table: ParameterTable, visits: list[Visit]) -> tuple[Tensor, Tensor, Tensor]:
+        """What :meth:`_joined` finds, for other processes."""
+        index, grad, valid = self._joined(table, visits)
+        return index, grad, torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+
+    def _joined(self, table: ParameterTable, visits: list[Visit]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows ``(V,)``, gradients ``(V, *row_shape)`` and which of them count, ``(V,)``; None: all."""
         device = table.values.device
-        indices, grads, valids = [], [], []
+        if not visits:
+            dtype = torch.promote_types(table.values.dtype, torch.float32)
+            nothing = torch.zeros(0, dtype=torch.int64, device=device)
+            return nothing, torch.zeros((0, *table.row_shape), dtype=dtype, device=device), nothing.bool()
+        grads, scales = [], []
         for visit in visits:
-            assert visit.leaf.grad is not None
-            grad = visit.leaf.grad
+            grad, scale = visit.leaf.grad, 1.0
+            assert grad is not None
             if self.grad_scale == "instance":
                 scale = visit.scale
                 if scale is None:
                     scale = visit.index.numel() if visit.valid is None else visit.valid.sum().to(grad.device)
-                grad = grad * (_broadcast(scale, grad) if isinstance(scale, Tensor) and scale.dim() else scale)
             elif self.world_size > 1:
-                grad = grad / self.world_size
-            valid = torch.ones_like(visit.index, dtype=torch.bool) if visit.valid is None else visit.valid
-            indices.append(visit.index.reshape(-1))
-            grads.append(grad.reshape(-1, *table.row_shape).to(device))
-            valids.append(valid.reshape(-1).to(device))
-        if not indices:
-            empty = torch.zeros(
-                (0, *table.row_shape),
-                dtype=torch.promote_types(table.values.dtype, torch.float32),
-                device=device,
-            )
-            return (
-                torch.zeros(0, dtype=torch.int64, device=device),
-                empty,
-                torch.zeros(0, dtype=torch.bool, device=device),
-            )
-        if len(indices) == 1:
-            return indices[0], grads[0], valids[0]
-        return torch.cat(indices), torch.cat(grads), torch.cat(valids)
+                scale = 1 / self.world_size
+            grads.append(grad)
+            scales.append(scale)
+        common = scales[0] if all(isinstance(scale, float) and scale == scales[0] for scale in scales) else None
+        if common is None:
+            grads = [
+                grad * (_broadcast(scale, grad) if isinstance(scale, Tensor) and scale.dim() else scale)
+                for grad, scale in zip(grads, scales, strict=True)
+            ]
+        grads = _on(device, (grad.reshape(-1, *table.row_shape) for grad in grads))
+        grad = _cat(grads) if common is None or common == 1 else _cat(grads) * common
+        index = _cat([visit.index.reshape(-1) for visit in visits])
+        if all(visit.valid is None for visit in visits):
+            return index, grad, None
+        valid = [torch.ones_like(v.index, dtype=torch.bool) if v.valid is None else v.valid for v in visits]
+        return index, grad, _cat(_on(device, (each.reshape(-1) for each in valid)))
 
     def state_dict(self) -> dict[str, Any]:
         """``{"state": [one dict of tensors a table], "param_groups": [hyperparameters]}``. The tables save their own
