@@ -371,8 +371,10 @@ class IndexTracker:
                 f"{name} was called, but no row numbers are known for this batch; name the ids with index_key=, or "
                 "use callback.loss(..., index=)"
             )
-        if sum(len(chunk) for chunk in chunks) == batch_size or len(chunks) == 1:
-            return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+        if len(chunks) == 1:
+            return chunks[0]
+        if sum(len(chunk) for chunk in chunks) == batch_size:
+            return torch.cat(chunks)
         fitting = [chunk for chunk in chunks if len(chunk) == batch_size]
         if len(fitting) == 1:
             return fitting[0]

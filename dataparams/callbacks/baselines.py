@@ -26,7 +26,8 @@ from dataparams.functional.elr import clamped_probabilities, elr_regularizer, el
 from dataparams.functional.gce import generalized_cross_entropy
 from dataparams.functional.label_smoothing import smoothed_cross_entropy
 from dataparams.functional.superloss import superloss
-from dataparams.objective import LossCall, Stage
+from dataparams.loss_call import LossCall
+from dataparams.objective import Stage
 from dataparams.optim import segment_sum, segments
 from dataparams.tables import ParameterTable
 

@@ -46,7 +46,8 @@ from dataparams.functional.temperature import (
     scale_logits,
     temperature,
 )
-from dataparams.objective import LossCall, Stage
+from dataparams.loss_call import LossCall
+from dataparams.objective import Stage
 from dataparams.optim import GradScale, RowSGD
 from dataparams.tables import ParameterTable
 

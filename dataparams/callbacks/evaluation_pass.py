@@ -17,7 +17,7 @@ from dataparams.callbacks.self_paced_checks import incomplete
 from dataparams.criterion import Criterion
 from dataparams.distributed import all_gather_rows
 from dataparams.index import IndexTracker
-from dataparams.objective import LossCall
+from dataparams.loss_call import LossCall
 from dataparams.randomness import isolated
 
 

@@ -36,7 +36,8 @@ from torch import Tensor
 
 from dataparams.callbacks.meta import MetaCallback
 from dataparams.functional.learning_rates import alignment, learning_rate_gradient, sample_products
-from dataparams.objective import LossCall, Stage
+from dataparams.loss_call import LossCall
+from dataparams.objective import Stage
 from dataparams.optim import RowAdam, RowOptimizer, RowScaleFree, RowSGD
 from dataparams.tables import ParameterTable
 

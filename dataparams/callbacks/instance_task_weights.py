@@ -39,7 +39,8 @@ from dataparams.callbacks.tasks import MultiTask, instance_share, missing_factor
 from dataparams.distributed import all_gather_rows
 from dataparams.functional.task_weights import COEFFICIENT, joint_noise_scale, typical_loss
 from dataparams.functional.temperature import broadcast_rows, scale_log_probs, scale_logits
-from dataparams.objective import LossCall, Stage
+from dataparams.loss_call import LossCall
+from dataparams.objective import Stage
 from dataparams.optim import RowSGD
 from dataparams.tables import ParameterTable
 
@@ -165,8 +166,8 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
         table, tasks = self.tables[f"log_sigma_{group}"], self.group(group)
         of, parts = self._gathered.get(group, (None, {}))
         if of is not call.index or task not in parts:
-            places = torch.arange(len(tasks), device=call.index.device)[:, None]
-            here, values = table.gather(call.index * len(tasks) + places, call.input.device)
+            index = torch.stack([call.index * len(tasks) + place for place in range(len(tasks))])
+            here, values = table.gather(index, call.input.device)
             parts = dict(zip(tasks, zip(here.unbind(), values.unbind(), strict=True), strict=True))
             self._gathered[group] = (call.index, parts)
         here, leaf = parts.pop(task)  # a second call of the step is a visit of its own
@@ -214,8 +215,12 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
     def corrected(self, call: LossCall, losses: Tensor, inverse: Tensor | float) -> Tensor:
         """Losses whose gradient makes up for a scale that was only this process's, once the common one is known."""
         task = call.criterion.task
+
+        def correct(gradient: Tensor) -> Tensor:
+            return gradient / (inverse * self.scales[task]) if task in self.scales else gradient
+
         if task in self._first and losses.requires_grad:
-            losses.register_hook(lambda gradient: gradient / (inverse * self.scales[task]) if task in self.scales else gradient)
+            losses.register_hook(correct)
         return losses
 
     def begin_step(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:

@@ -23,7 +23,7 @@ from dataparams.callbacks.network import ForwardPass, Network, alike, full
 from dataparams.callbacks.preconditioner import update_derivatives
 from dataparams.criterion import Criterion
 from dataparams.functional.lookahead import Mode
-from dataparams.objective import LossCall
+from dataparams.loss_call import LossCall
 from dataparams.randomness import RandomState, mixed
 from dataparams.sampling import MetaBatches
 

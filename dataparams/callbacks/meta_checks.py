@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dataparams.objective import LossCall
+from dataparams.loss_call import LossCall
 from dataparams.sampling import MetaBatches
 
 CHECKED_SAMPLES = 1024  # of the meta set: all of it, where it is as small as meta sets are

@@ -33,7 +33,7 @@ import torch
 from dataparams.callbacks.baselines import LossReplacement
 from dataparams.callbacks.soft_label_table import SoftLabelCallback
 from dataparams.functional.pencil import classification_loss, pencil_loss
-from dataparams.objective import LossCall
+from dataparams.loss_call import LossCall
 from dataparams.optim import RowOptimizer, RowSGD
 from dataparams.tables import ParameterTable
 

@@ -15,7 +15,7 @@ from dataparams.callbacks.tasks import MultiTask
 from dataparams.distributed import all_gather_rows
 from dataparams.dynamics import DynamicsTable
 from dataparams.functional.dynamics import Observation
-from dataparams.objective import LossCall
+from dataparams.loss_call import LossCall
 
 if TYPE_CHECKING:
     from dataparams.callbacks.base import MethodCallback

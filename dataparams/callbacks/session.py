@@ -20,8 +20,10 @@ from dataparams.callbacks.recorder import Recorder
 from dataparams.callbacks.tasks import MultiTask, OfTask, main_task
 from dataparams.criterion import FUNCTION_KINDS, Criterion
 from dataparams.dynamics import DynamicsTable
+from dataparams.ids import rows_of
 from dataparams.index import IndexTracker
-from dataparams.objective import LossCall, Objective, Stage, samples_in
+from dataparams.loss_call import LossCall
+from dataparams.objective import Objective, Stage, samples_in
 
 if TYPE_CHECKING:
     from dataparams.callbacks.base import MethodCallback
@@ -301,7 +303,11 @@ class Session:
             raise ValueError(
                 f"{criterion.name} was called with {len(values)} argument(s); a loss takes (input, target)"
             )
-        index = self._index_for(samples_in(criterion.kind, values[0], values[1]), criterion.name)
+        named = values[2] if criterion.kind == "given" and len(values) > 2 else None
+        if named is not None:
+            index = rows_of(named, self.tracker.row_ids)
+        else:
+            index = self._index_for(samples_in(criterion.kind, values[0], values[1]), criterion.name)
         if index is None:
             self._module_calls.append(None)
             return None

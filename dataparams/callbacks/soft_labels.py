@@ -36,7 +36,8 @@ from dataparams.callbacks.meta import MetaCallback
 from dataparams.callbacks.soft_label_table import SoftLabelCallback
 from dataparams.functional.lookahead import inner_products
 from dataparams.functional.soft_labels import centered, label_gradient, logit_gradient, soft_cross_entropy
-from dataparams.objective import LossCall, Stage
+from dataparams.loss_call import LossCall
+from dataparams.objective import Stage
 from dataparams.optim import RowAdam, RowOptimizer, RowScaleFree, RowSGD
 from dataparams.tables import ParameterTable
 

@@ -27,7 +27,8 @@ from dataparams.callbacks.base import MethodCallback
 from dataparams.callbacks.logging import log_metrics
 from dataparams.callbacks.tasks import MultiTask, missing_factor
 from dataparams.functional.task_weights import COEFFICIENT, dynamic_weight_average, gradnorm_update
-from dataparams.objective import LossCall, Stage
+from dataparams.loss_call import LossCall
+from dataparams.objective import Stage
 from dataparams.optim import RowSGD
 from dataparams.randomness import mixed
 from dataparams.tables import ParameterTable

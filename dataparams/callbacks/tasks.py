@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from dataparams.callbacks.hooks import find_criterion
 from dataparams.callbacks.sample_table import SampleTable
 from dataparams.criterion import MODULE_KINDS, Criterion
+from dataparams.loss_call import LossCall
 from dataparams.nn.task_losses import TaskLoss, TaskLosses
-from dataparams.objective import LossCall, Stage, stage_name
+from dataparams.objective import Stage, stage_name
 
 FORMS = {  # by the kind of the criterion, or the one that the user gave
     "cross_entropy": "temperature", "nll": "temperature", "bce": "temperature", "mse": "square", "l2": "square",
@@ -226,7 +227,8 @@ class MultiTask(SampleTable):
         """
         raise ValueError(
             f"{type(self).__name__} has several tasks ({', '.join(self.forms)}), and loss() does not say of which one: "
-            "hand the losses over with dataparams.nn.TaskLosses, one number a sample, NaN where there is none"
+            "hand the losses over with dataparams.nn.TaskLosses, one number a sample, NaN where there is none, and say "
+            "whose they are there: self.losses({...}, index=...)"
         )
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ class TaskLoss(nn.Module):
         kind: what the losses are, see :class:`TaskLosses`.
 
     Shape:
-        Losses ``(B,)`` and which of them count, bool ``(B,)``, to a scalar.
+        Losses ``(B,)``, which of them count, bool ``(B,)``, and, for a callback, whose they are; to a scalar.
     """
 
     reduction = "mean"
@@ -28,7 +29,7 @@ class TaskLoss(nn.Module):
             raise ValueError(f"a task's kind must be one of {', '.join(KINDS)}, got {kind!r}")
         self.kind = kind
 
-    def forward(self, losses: Tensor, counted: Tensor) -> Tensor:
+    def forward(self, losses: Tensor, counted: Tensor, index: Any = None) -> Tensor:
         losses = torch.where(counted, losses, 0.0)
         if self.reduction == "none":
             return losses
@@ -52,12 +53,16 @@ class TaskLosses(nn.Module):
             ``"classification"`` are negative log-likelihoods, ``"other"`` anything that is not negative.
 
     Shape:
-        A dictionary with ``(B,)`` losses for each of the tasks, NaN where a sample has no label for the task, to a
-        scalar. Losses of pixels or joints are averaged by the caller, over those that count. Put the NaN in *after* the
-        loss was computed, from a target that is a number: the gradient of a loss that was NaN from the start is NaN.
+        A dictionary with ``(B, ...)`` losses for each of the tasks, NaN where there is no label, to a scalar. Losses of
+        pixels or joints are averaged over those of the sample that are not NaN; a sample of nothing but NaN has no
+        label for the task. Put the NaN in *after* the loss was computed, from a target that is a number: the gradient
+        of a loss that was NaN from the start is NaN.
+
+        ``index``, ``(B,)`` rows or ids, says whose losses they are where a callback cannot know: the batch's samples
+        were dropped, multiplied or reordered on the way.
 
     Raises:
-        ValueError: an unknown kind; in the forward pass other tasks, or losses that are not ``(B,)``.
+        ValueError: an unknown kind; in the forward pass other tasks, or losses without a dimension for samples.
     """
 
     def __init__(self, kinds: Mapping[str, str]) -> None:
@@ -69,18 +74,25 @@ class TaskLosses(nn.Module):
                 raise ValueError(f"a task cannot be called {name!r}: torch needs the name for itself; choose another")
         self.tasks = nn.ModuleDict({name: TaskLoss(kind) for name, kind in kinds.items()})
 
-    def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, losses: Mapping[str, Tensor], index: Any = None) -> Tensor:
         if set(losses) != set(self.tasks):
             raise ValueError(f"losses of the tasks {sorted(losses)}, where {sorted(self.tasks)} are expected")
         total: Tensor | None = None
         for name, task in self.tasks.items():
-            if losses[name].dim() != 1:
+            own = losses[name]
+            if not own.dim():
                 raise ValueError(
-                    f"the losses of task {name!r} have shape {tuple(losses[name].shape)}: give one a sample, (B,), the "
-                    "mean over its pixels, joints or words"
+                    f"the losses of task {name!r} are a single number: give one a sample, (B,), or one a pixel or joint"
                 )
-            counted = ~losses[name].isnan()
-            loss = task(losses[name], counted)
+            counted = ~own.isnan()
+            if own.dim() > 1:
+                own, counted = _sample_means(own.flatten(1), counted.flatten(1))
+            loss = task(own, counted, index)
             total = loss if total is None else total + loss
         assert total is not None
         return total
+
+
+def _sample_means(losses: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    sums = torch.where(counted, losses, 0.0).sum(1)
+    return sums / counted.sum(1).clamp(min=1), counted.any(1)

@@ -194,7 +194,9 @@ class RowOptimizer(torch.optim.Optimizer):
         """The rule's step, where ``written``, ``(V,)``, says so; None: everywhere."""
         visited_state = {name: buffer[index] for name, buffer in state.items()}
         new_state = visited_state if written is None else {name: v.clone() for name, v in visited_state.items()}
-        share = torch.ones_like(index, dtype=grad.dtype) if counts is None else valid / counts.clamp(min=1)
+        share = torch.ones_like(index, dtype=grad.dtype)
+        if counts is not None and valid is not None:
+            share = valid / counts.clamp(min=1)
         step = self._update(new_state, grad, group, share)
         if group["weight_decay"] and not self.coupled_decay:
             step = step + group["weight_decay"] * (rows - table.init)

@@ -20,7 +20,7 @@ def segments(index: Tensor) -> Tensor | None:
     """
     if index.device.type == "cpu":
         distinct, numbers = torch.unique(index, return_inverse=True)
-        return None if len(distinct) == len(index) else numbers
+        return None if distinct.numel() == index.numel() else numbers
     ordered, order = torch.sort(index)
     numbers = torch.zeros_like(index)
     numbers[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)

@@ -26,11 +26,21 @@ def test_a_task_without_any_label_in_the_batch_adds_nothing():
     assert TaskLosses({"a": "l1", "b": "other"})({"a": torch.ones(3), "b": nothing}).item() == 1.0
 
 
+def test_losses_of_pixels_are_averaged_over_those_of_the_sample_that_have_a_label():
+    nan = float("nan")
+    depth = torch.tensor([[1.0, 3.0, nan], [nan, nan, 8.0], [nan, nan, nan]])[:, :, None].requires_grad_()
+    total = TaskLosses({"depth": "l1"})({"depth": depth})
+    assert total.item() == pytest.approx((2.0 + 8.0) / 2)
+    total.backward()
+    assert depth.grad is not None
+    assert depth.grad[..., 0].tolist() == [[0.25, 0.25, 0.0], [0.0, 0.0, 0.5], [0.0, 0.0, 0.0]]
+
+
 @pytest.mark.parametrize(
     ("losses", "message"),
     [
         ({"a": torch.ones(3)}, "losses of the tasks .'a'., where .'a', 'b'. are expected"),
-        ({"a": torch.ones(3), "b": torch.ones(3, 2)}, "task 'b' have shape .3, 2.: give one a sample"),
+        ({"a": torch.ones(3), "b": torch.tensor(1.0)}, "task 'b' are a single number: give one a sample"),
     ],
 )
 def test_what_is_wrong_is_said(losses, message):
