@@ -67,8 +67,8 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
         momentum: in [0, 1); default 0.9. It advances when a row is visited.
         weight_decay: pulls log sigma to 0 on visits; default 0.
         scale: ``"first_batch"`` (default) divides a regression's losses by their mean in its first batch, so that a
-            task's units do not change the result; a loss counts for at most ten times their median there. None: as they
-            are, and the initial state is plain training.
+            task's units do not change the result; a loss counts for at most three times their median there. None: as
+            they are, and the initial state is plain training.
         task_wide: learn a sigma of each whole task too: a sample's is then the mean of its own and its task's. Default
             False.
         task_lr: rate a step of the tasks' log sigma; default 0.01.

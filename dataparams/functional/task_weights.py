@@ -11,7 +11,7 @@ from torch import Tensor
 
 # l exp(-c s) + c s: with s = log sigma the fixed point is sigma^c = l
 COEFFICIENT = {"square": 2.0, "absolute": 1.0, "likelihood": 1.0}
-FAR = 10.0  # times the median: what a loss counts for at most in the scale of its task
+FAR = 3.0  # times the median: what a loss counts for at most in the scale of its task
 
 
 def weighted_task_loss(loss: Tensor, log_sigma: Tensor, form: str = "square") -> Tensor:
@@ -49,10 +49,10 @@ def joint_noise_scale(log_instance: Tensor, log_task: Tensor) -> Tensor:
 
 
 def typical_loss(losses: Tensor) -> Tensor:
-    """The mean of a task's losses, of which none counts for more than ten times the median of the positive ones.
+    """The mean of a task's losses, of which none counts for more than three times the median of the positive ones.
 
-    Where no loss is that far out it is the mean; a background of 1e10 that was left in a depth map does not set the
-    scale of its task [our choice].
+    Corrupt targets, and a background of 1e10 that was left in a depth map, do not set the scale of their task [our
+    choice].
 
     Args:
         losses: ``(V,)``; those that are not finite are left out.
