@@ -24,6 +24,8 @@ from torch import nn
 
 from dataparams import DataParameters, ParameterTable, RowSGD
 from dataparams.dynamics import BYTES_PER_ROW, DynamicsTable
+from dataparams.functional.dynamics import Observation
+from dataparams.loss_call import LossCall
 from dataparams.objective import Objective
 from dataparams.tasks import resnet18_cifar
 
@@ -55,7 +57,12 @@ def make_step(num_rows: int, device: str, folder: Path | None) -> Callable[[], N
     callback._build(num_rows, torch.device(device))
     dynamics = DynamicsTable(num_rows, device)
     objective = Objective(callback.stages())
-    objective.observer = lambda call, seen: dynamics.update(call.index.to(device), seen)
+
+    def observe(call: LossCall, seen: Observation | None) -> None:
+        assert seen is not None
+        dynamics.update(call.index.to(device), seen)
+
+    objective.observer = observe
     logits = torch.randn(BATCH, CLASSES, device=device, requires_grad=True)
     target = torch.randint(0, CLASSES, (BATCH,), device=device)
 
