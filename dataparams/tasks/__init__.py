@@ -17,6 +17,7 @@ from dataparams.tasks.noise import corrupt_labels
 from dataparams.tasks.scenarios import PermutedMNISTData, SplitMNISTData
 from dataparams.tasks.surreal import SurrealClips
 from dataparams.tasks.surreal_data import SurrealData
+from dataparams.tasks.surreal_model import DepthError, KnownL1Loss, PartsIoU, SurrealModel, SurrealNet
 from dataparams.tasks.task_sequence import TaskData, TaskSequence
 from dataparams.tasks.vision_mixture import NotMNISTData, SVHNData, VisionMixtureData
 
@@ -26,17 +27,20 @@ __all__ = [
     "ContinualCNN",
     "ContinualClassifier",
     "ContinualMLP",
+    "DepthError",
     "DigitsData",
     "EpochSampler",
     "FashionMNISTData",
     "ImageDataset",
     "JointError",
+    "KnownL1Loss",
     "MNISTData",
     "MultiMNISTData",
     "MultiTaskCNN",
     "MultiTaskModel",
     "NoisyDataModule",
     "NotMNISTData",
+    "PartsIoU",
     "PermutedMNISTData",
     "SVHNData",
     "SmallBNNet",
@@ -44,6 +48,8 @@ __all__ = [
     "SplitMNISTData",
     "SurrealClips",
     "SurrealData",
+    "SurrealModel",
+    "SurrealNet",
     "Task",
     "TaskData",
     "TaskSequence",

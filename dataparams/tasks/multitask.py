@@ -25,7 +25,8 @@ class Task:
     Args:
         loss: maps predictions and targets of a batch to a scalar.
         metric: fed with the same. Where higher is better (accuracy, mean IoU) it must be a share in [0, 1] and is
-            reported as the task's accuracy, else (absolute error, `JointError`) as its error.
+            reported as the task's accuracy, else (absolute error, `JointError`) as its error. An error over targets
+            that have no mean says with `mean_target(targets)` what is predicted without having learned.
     """
 
     loss: nn.Module
@@ -96,8 +97,9 @@ class TaskScores(nn.Module):
         for task, metric in self.metrics.items():
             metric.update(predictions[task], targets[task])  # pyright: ignore[reportCallIssue]
         for task, baseline in self.baselines.items():
-            mean = targets[task].nanmean(dim=0, keepdim=True)
-            baseline.update(mean.expand_as(targets[task]), targets[task])  # pyright: ignore[reportCallIssue]
+            mean_target: Any = getattr(baseline, "mean_target", _mean_target)
+            mean = mean_target(targets[task]).expand_as(targets[task])
+            baseline.update(mean, targets[task])  # pyright: ignore[reportCallIssue]
 
     def compute(self) -> dict[str, Tensor]:
         """By name "<task>_accuracy" or "<task>_error", and "score"; then forget what was seen."""
@@ -112,10 +114,14 @@ class TaskScores(nn.Module):
         return {**scores, "score": torch.stack(shares).mean()}
 
 
+def _mean_target(targets: Tensor) -> Tensor:
+    return targets.nanmean(dim=0, keepdim=True)
+
+
 class MultiTaskModel(L.LightningModule):
     """Trains a model with the sum of its tasks' losses and scores it.
 
-    Batches are (images, {task: target}). The loss of task t is the attribute `<t>_loss`, a module of its own.
+    Batches are (images, {task: target}), or what `unpack` makes that of. The loss of task t is the attribute `<t>_loss`, a module of its own.
 
     Logs `train_loss` (epoch mean), `val_<task>_accuracy` or `val_<task>_error`, and `val_score` (see `TaskScores`); in
     testing the same with `test_`.
@@ -160,23 +166,27 @@ class MultiTaskModel(L.LightningModule):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return self.model(images)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Any:
-        images, targets = batch
+    def unpack(self, batch: Any) -> Batch:
+        """Images and targets by task of a batch."""
+        return batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        images, targets = self.unpack(batch)
         predictions = self(images)
         losses = [getattr(self, name)(predictions[task], targets[task]) for task, name in self.losses.items()]
         loss = torch.stack(losses).sum()
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        images, targets = batch
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        images, targets = self.unpack(batch)
         self.val_scores.update(self(images), targets)
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val", self.val_scores)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        images, targets = batch
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        images, targets = self.unpack(batch)
         self.test_scores.update(self(images), targets)
 
     def on_test_epoch_end(self) -> None:
@@ -189,12 +199,12 @@ class MultiTaskModel(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer)}
 
     @torch.no_grad()
-    def evaluate(self, dataloader: Iterable[Batch]) -> dict[str, float]:
+    def evaluate(self, dataloader: Iterable[Any]) -> dict[str, float]:
         """What `TaskScores` says of a whole loader, in evaluation mode, with the weights as they are."""
         was_training = self.training
         self.eval()
         try:
-            for images, targets in dataloader:
+            for images, targets in map(self.unpack, dataloader):
                 predictions = self(images.to(self.device))
                 self.test_scores.update(predictions, {task: y.to(self.device) for task, y in targets.items()})
         finally:
