@@ -47,7 +47,7 @@ class SurrealData(L.LightningDataModule):
         seed: not negative; decides order, frames and corruption, each through a stream of its own. Not the miniature,
             which is the same for every seed.
         num_workers: loader processes. A frame takes milliseconds to decode, so a GPU wants several.
-        miniature: clips of the miniature by split; by default 300, 40 and 80.
+        miniature: clips of the miniature by split; by default 1,000, 60 and 120.
         frames: frames in a clip of the miniature.
         cache_dir: where miniatures lie; by default `dataparams` in $XDG_CACHE_HOME or ~/.cache.
 

@@ -20,10 +20,10 @@ from dataparams.tasks.surreal_files import INSTALL, Clip, project, to_camera
 from dataparams.tasks.surreal_render import Wardrobe, draw_background, render_body
 
 MARKER = "miniature.json"
-FORMAT = 1  # another number whenever the same settings give other files
+FORMAT = 2  # another number whenever the same settings give other files
 SPLITS = ("train", "val", "test")
-CLIPS = {"train": 300, "val": 40, "test": 80}
-FRAMES = 8
+CLIPS = {"train": 1000, "val": 60, "test": 120}
+FRAMES = 3
 CLIPS_IN_SEQUENCE = 2
 FRAME_RATE = 30
 
@@ -42,7 +42,7 @@ def write_miniature(
 
     Args:
         folder: where to; `folder/cmu/train/run0/...` appears in it.
-        clips: clips in "train", "val" and "test"; by default 300, 40 and 80.
+        clips: clips in "train", "val" and "test"; by default 1,000, 60 and 120.
         frames: frames of each clip, at least 1.
         seed: not negative.
         progress: show a bar.

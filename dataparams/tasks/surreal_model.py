@@ -14,15 +14,17 @@ from dataparams.tasks.multitask import Batch, MultiTaskModel
 from dataparams.tasks.surreal_files import DEPTH_BINS, DEPTH_STEP, JOINTS, PART_NAMES
 
 BOTTOM = 8  # side of the trunk's smallest map, pixels
+SHARPNESS = 4.0  # of the joints' softmax: at 1 its gradients, spread over all cells, are slow to find a place
 
 
 class SurrealModel(MultiTaskModel):
     """A `MultiTaskModel` for the samples of `SurrealClips`: tasks among "pose2d", "pose3d", "depth" and "parts".
 
     Targets that a model and its losses see, for a batch of B samples; labels that are not known are NaN, or -100 where
-    they are classes:
-        pose2d: float32, (B, 16, 2), x and y as shares of the image's side, from the left and upper edge.
-        pose3d: float32, (B, 16, 3), metres from the pelvis.
+    they are classes. Joints come in units in which the losses are of the size of the others', so that the plain sum of
+    all is a fair one:
+        pose2d: float32, (B, 16, 2), x and y in tenths of the image's side, from the left and upper edge.
+        pose3d: float32, (B, 16, 3), tenths of a metre from the pelvis.
         depth: classes, int64 (B, M, M), or metres from the pelvis, float32 (B, M, M), NaN in the background.
         parts: classes, int64 (B, M, M).
 
@@ -33,8 +35,8 @@ class SurrealModel(MultiTaskModel):
         """Images and targets by task."""
         images, labelled = batch["image"], batch["labelled"]
         targets = {
-            "pose2d": batch["joints2d"] / images.shape[-1],
-            "pose3d": batch["joints3d"],
+            "pose2d": batch["joints2d"] * (10 / images.shape[-1]),
+            "pose3d": batch["joints3d"] * 10,
             "depth": batch["depth"],
             "parts": batch["parts"],
         }
@@ -148,7 +150,7 @@ class SurrealNet(nn.Module):
         self.stem = _convolution(3, width, 5, stride=2)
         self.down = nn.ModuleList(_convolutions(before, after) for before, after in pairs)
         levels = range(down - 1, down - up - 1, -1)
-        self.up = nn.ModuleList(_convolutions(widths[level + 1] + widths[level], widths[level]) for level in levels)
+        self.up = nn.ModuleList(_merging(widths[level + 1] + widths[level], widths[level]) for level in levels)
         last = widths[down - up]
         joints = len(JOINTS)
         self.heads = nn.ModuleDict({
@@ -172,13 +174,13 @@ class SurrealNet(nn.Module):
             larger = F.interpolate(maps, scale_factor=2.0, mode="nearest")
             maps = block(torch.cat([larger, skipped.pop()], 1))
         made = {task: head(maps) for task, head in self.heads.items()}
-        place = made["pose2d"].flatten(2).softmax(-1)
+        place = (SHARPNESS * made["pose2d"].flatten(2)).softmax(-1)
         batch, joints, cells = place.shape
         solid = made["pose3d"].reshape(batch, joints, 4, cells)
-        seen = solid[:, :, 0].softmax(-1)
+        seen = (SHARPNESS * solid[:, :, 0]).softmax(-1)
         return {
-            "pose2d": place @ self.grid,
-            "pose3d": torch.einsum("bjp,bjdp->bjd", seen, solid[:, :, 1:]),
+            "pose2d": 10 * place @ self.grid,
+            "pose3d": 10 * torch.einsum("bjp,bjdp->bjd", seen, solid[:, :, 1:]),
             "depth": made["depth"].squeeze(1),
             "parts": made["parts"],
         }
@@ -193,6 +195,10 @@ def _halvings(name: str, size: int) -> int:
 
 def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(_convolution(inputs, outputs, 3), _convolution(outputs, outputs, 3))
+
+
+def _merging(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(_convolution(inputs, outputs, 1), _convolution(outputs, outputs, 3))
 
 
 def _convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Sequential:

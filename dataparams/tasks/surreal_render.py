@@ -28,6 +28,7 @@ CLOTHES = np.array([
     TROUSERS, TROUSERS, TROUSERS, SHIRT, TROUSERS, TROUSERS, SHIRT, SHOES, SHOES, SHIRT, SHOES, SHOES, SKIN, SHIRT,
     SHIRT, SKIN, SHIRT, SHIRT, SKIN, SKIN, SKIN, SKIN, SKIN, SKIN,
 ])  # fmt: skip
+HEAD, CHEST = 15, [3, 6, 9]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Wardrobe:
 
     Args:
         colours: RGB in [0, 1] of each solid, (24, 3).
+        backs: the same of its back, which tells left from right; None: as in front.
         stripes: stripes a metre on each solid, (24,); 0 for none.
         light: unit vector to the light, in the camera's axes, (3,).
         ambient: share of the light that comes from everywhere.
@@ -45,6 +47,7 @@ class Wardrobe:
     stripes: np.ndarray
     light: np.ndarray
     ambient: float
+    backs: np.ndarray | None = None
 
     @classmethod
     def draw(cls, generator: np.random.Generator) -> Wardrobe:
@@ -59,7 +62,11 @@ class Wardrobe:
             clothes[[4, 5]] = SKIN
         stripes = np.where(clothes == SHIRT, generator.choice([0, 0, 20, 40]), 0)
         light = generator.normal(size=3) * [1, 1, 0.3] - [0, 0.7, 1.0]  # from above and from the camera's side
-        return cls(palette[clothes], stripes, light / np.linalg.norm(light), generator.uniform(0.4, 0.65))
+        backs = palette[clothes]
+        backs[HEAD] = generator.uniform(0.05, 0.35) * np.array([1.0, generator.uniform(0.6, 1.0), 0.5])  # hair
+        colours = backs.copy()
+        colours[HEAD], colours[CHEST] = skin, generator.uniform(0.1, 1.0, 3)  # a bib
+        return cls(colours, stripes, light / np.linalg.norm(light), generator.uniform(0.4, 0.65), backs)
 
 
 def render_body(
@@ -99,12 +106,15 @@ def render_body(
         nearest[place] = distance[seen]
         parts[window][place] = joint + 1
         normals, along = _surface(eye + distance[seen][:, None] * rays[seen], ends)
+        colours = wardrobe.colours[joint]
+        if wardrobe.backs is not None:  # z, in the joint's own axes, is to the front
+            colours = np.where(normals[:, 2:] < 0, wardrobe.backs[joint], colours)
         normals = normals @ to_local
         lit = normals @ wardrobe.light / np.sqrt(np.einsum("md,md->m", normals, normals))
         shade = wardrobe.ambient + (1 - wardrobe.ambient) * np.maximum(lit, 0)
         if wardrobe.stripes[joint]:
             shade *= 1 + 0.3 * np.sign(np.sin(np.pi * wardrobe.stripes[joint] * along))
-        picture[window][place] = np.minimum(wardrobe.colours[joint] * shade[:, None], 1) * 255
+        picture[window][place] = np.minimum(colours * shade[:, None], 1) * 255
     return picture, depth.astype(np.float32), parts
 
 
