@@ -17,7 +17,7 @@ from dataparams.tasks.noise import corrupt_labels
 from dataparams.tasks.scenarios import PermutedMNISTData, SplitMNISTData
 from dataparams.tasks.surreal import SurrealClips
 from dataparams.tasks.surreal_data import SurrealData
-from dataparams.tasks.surreal_model import DepthError, KnownL1Loss, PartsIoU, SurrealModel, SurrealNet
+from dataparams.tasks.surreal_model import DepthError, KnownL1Loss, PartsIoU, SurrealModel, SurrealNet, surreal_tasks
 from dataparams.tasks.task_sequence import TaskData, TaskSequence
 from dataparams.tasks.vision_mixture import NotMNISTData, SVHNData, VisionMixtureData
 
@@ -60,4 +60,5 @@ __all__ = [
     "evaluate",
     "fit_temperature",
     "resnet18_cifar",
+    "surreal_tasks",
 ]

@@ -121,7 +121,8 @@ def _mean_target(targets: Tensor) -> Tensor:
 class MultiTaskModel(L.LightningModule):
     """Trains a model with the sum of its tasks' losses and scores it.
 
-    Batches are (images, {task: target}), or what `unpack` makes that of. The loss of task t is the attribute `<t>_loss`, a module of its own.
+    Batches are (images, {task: target}), or what `unpack` makes that of. The loss of task t is the attribute
+    `<t>_loss`, a module of its own.
 
     Logs `train_loss` (epoch mean), `val_<task>_accuracy` or `val_<task>_error`, and `val_score` (see `TaskScores`); in
     testing the same with `test_`.

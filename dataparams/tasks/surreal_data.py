@@ -49,6 +49,7 @@ class SurrealData(L.LightningDataModule):
         num_workers: loader processes. A frame takes milliseconds to decode, so a GPU wants several.
         miniature: clips of the miniature by split; by default 1,000, 60 and 120.
         frames: frames in a clip of the miniature.
+        in_memory: keep what was read of each frame; by default of the miniature alone.
         cache_dir: where miniatures lie; by default `dataparams` in $XDG_CACHE_HOME or ~/.cache.
 
     Raises:
@@ -80,6 +81,7 @@ class SurrealData(L.LightningDataModule):
         num_workers: int = 0,
         miniature: Mapping[str, int] | None = None,
         frames: int = FRAMES,
+        in_memory: bool | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
@@ -94,6 +96,7 @@ class SurrealData(L.LightningDataModule):
         self.data_dir = data_dir
         self.batch_size = batch_size
         self.view: dict[str, Any] = {"image_size": image_size, "label_size": label_size, "depth": depth, "crop": crop}
+        self.view["in_memory"] = data_dir is None if in_memory is None else in_memory
         self.corrupt = dict(corrupt or {})
         self.sizes = {"train": train_size, "val": val_size, "test": test_size}
         self.seed = seed

@@ -19,6 +19,7 @@ import numpy as np
 HEADER = 128  # bytes before the first variable
 COMPRESSED = 15  # type of a variable whose bytes are those of another, deflated
 NAME_WITHIN = 160  # bytes in which the name of an array of two or three axes is found
+DEFLATED_WITHIN = 1024  # bytes that give these, deflated: a code table comes first, of up to 300 bytes
 ORDERS = {b"IM": "<", b"MI": ">"}
 
 
@@ -45,7 +46,7 @@ def load_variables(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
                 if not wanted:
                     break
                 stream.seek(start)
-                name = variable_name(stream.read(min(stop - start, NAME_WITHIN)), order)
+                name = variable_name(stream.read(min(stop - start, DEFLATED_WITHIN)), order)
                 if name in wanted:
                     wanted.remove(name)
                     stream.seek(start)

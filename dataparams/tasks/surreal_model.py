@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from dataparams.tasks.multitask import Batch, MultiTaskModel
+from dataparams.tasks.multitask import Batch, JointError, MultiTaskModel, Task
 from dataparams.tasks.surreal_files import DEPTH_BINS, DEPTH_STEP, JOINTS, PART_NAMES
 
 BOTTOM = 8  # side of the trunk's smallest map, pixels
@@ -25,7 +25,8 @@ class SurrealModel(MultiTaskModel):
     all is a fair one:
         pose2d: float32, (B, 16, 2), x and y in tenths of the image's side, from the left and upper edge.
         pose3d: float32, (B, 16, 3), tenths of a metre from the pelvis.
-        depth: classes, int64 (B, M, M), or metres from the pelvis, float32 (B, M, M), NaN in the background.
+        depth: classes, int64 (B, M, M), or tenths of a metre beyond the pelvis, float32 (B, M, M), NaN in the
+            background.
         parts: classes, int64 (B, M, M).
 
     Arguments and what is logged: see `MultiTaskModel`.
@@ -41,7 +42,7 @@ class SurrealModel(MultiTaskModel):
             "parts": batch["parts"],
         }
         if "depth_valid" in batch:
-            targets["depth"] = batch["depth"].masked_fill(~batch["depth_valid"], float("nan"))
+            targets["depth"] = (10 * batch["depth"]).masked_fill(~batch["depth_valid"], float("nan"))
         for task, target in targets.items():
             missing = ~labelled[task].reshape(-1, *[1] * (target.dim() - 1))
             targets[task] = target.masked_fill(missing, float("nan") if target.is_floating_point() else -100)
@@ -65,7 +66,8 @@ class DepthError(Metric):
     Of classes: between the middles of the bins, the predicted one being the likeliest of those that are not background.
 
     Shape:
-        Classes: logits (B, 20, M, M) and classes (B, M, M), background 0. Metric: (B, M, M) both, metres.
+        Classes: logits (B, 20, M, M) and classes (B, M, M), background 0. Metric: (B, M, M) both, tenths of a metre,
+        NaN in the background.
     """
 
     higher_is_better = False
@@ -81,7 +83,7 @@ class DepthError(Metric):
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """Add a batch."""
         if targets.is_floating_point():
-            body, unit = ~targets.isnan(), 1.0
+            body, unit = ~targets.isnan(), 0.1
         else:
             body, unit = targets > 0, DEPTH_STEP
             if predictions.dim() > targets.dim():
@@ -113,6 +115,25 @@ class PartsIoU(MulticlassJaccardIndex):
     def compute(self) -> Tensor:
         """A part that is neither there nor predicted counts as 0."""
         return super().compute()[1:].mean()
+
+
+def surreal_tasks(depth: str = "bins", image_size: int = 64) -> dict[str, Task]:
+    """Losses and scores of the four tasks.
+
+    Absolute error of joints, in the units of `SurrealModel`; cross-entropy of depth bins and parts, absolute error of
+    metric depth. Scores: mean distance of 2D joints in pixels of the image and of 3D joints in millimetres,
+    `DepthError`, `PartsIoU`.
+
+    Args:
+        depth: "bins" or "metric", as the data.
+        image_size: side of the image, pixels.
+    """
+    return {
+        "pose2d": Task(KnownL1Loss(), JointError(image_size / 10)),
+        "pose3d": Task(KnownL1Loss(), JointError(100)),
+        "depth": Task(nn.CrossEntropyLoss() if depth == "bins" else KnownL1Loss(), DepthError()),
+        "parts": Task(nn.CrossEntropyLoss(), PartsIoU()),
+    }
 
 
 class SurrealNet(nn.Module):

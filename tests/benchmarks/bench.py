@@ -20,6 +20,7 @@ from bench_continual import bench_continual
 from bench_fits import BATCH, CLASSES, bench_lightning, bench_lookahead
 from bench_selection import bench_refresh, bench_selection
 from bench_tasks import bench_tasks
+from bench_video import bench_video
 from torch import nn
 
 from dataparams import DataParameters, ParameterTable, RowSGD
@@ -169,7 +170,7 @@ def bench_memory() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    sections = ["rows", "lightning", "lookahead", "selection", "tasks", "continual", "consolidation"]
+    sections = ["rows", "lightning", "lookahead", "selection", "tasks", "video", "continual", "consolidation"]
     parser.add_argument("--only", nargs="+", choices=sections, default=sections, help="sections (default: all)")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -191,6 +192,8 @@ def main() -> None:
         bench_refresh()
     if "tasks" in options.only:
         bench_tasks(options.device)
+    if "video" in options.only and not gpu:
+        bench_video()
     if "continual" in options.only:
         bench_continual(options.device, fastest)
     if "consolidation" in options.only and not gpu:

@@ -208,6 +208,20 @@ def test_variables_of_a_mat_file(tmp_path):
         assert list(load_variables(path, ["absent", "joints2D", "a"])) == ["joints2D", "a"]
 
 
+def test_names_are_found_behind_a_long_code_table(tmp_path):
+    # Deflated, a variable begins with a table of its codes, the longer the more kinds of bytes it holds: of 160 bytes
+    # of a clip of 100 frames nothing was left for the name.
+    generator = np.random.default_rng(0)
+    for number in range(20):
+        joints = np.round(generator.normal(160, 40, (2, 24, 100))).astype(np.float32)
+        noise = generator.normal(size=(3, 24, 100)).astype(np.float32)
+        path = tmp_path / f"{number}.mat"
+        savemat(path, {"joints2D": joints, "joints3D": noise}, do_compression=True)
+        read = load_variables(path, ["joints2D", "joints3D"])
+        assert np.array_equal(read["joints2D"], joints)
+        assert np.array_equal(read["joints3D"], noise)
+
+
 def test_damaged_mat_files_are_told(tmp_path):
     whole = tmp_path / "whole.mat"
     savemat(whole, {"a": np.arange(1000.0), "b": np.random.default_rng(0).normal(size=500)}, do_compression=True)
