@@ -18,6 +18,7 @@ DATA = {
     "self_paced_tail": "FashionMNIST",
     "magnet": "FashionMNIST",
     "multimnist_noise": "MNIST",
+    "surreal": None,
     "permuted_mnist": "MNIST",
     "permuted_mnist_few": "MNIST",
     "split_mnist": "MNIST",
@@ -39,6 +40,8 @@ TITLES = {
     "self_paced_tail": "The same without noise, long tail of 50:1 (about 1,825 samples, 20 epochs of 29 updates)",
     "multimnist_noise": "Several tasks: MultiMNIST, 4,000 pictures; left digit 40% wrong labels, right digit clean, "
     "ink mass 30% corrupt; 18 epochs, batch 64, model rate 0.01",
+    "surreal": "Several tasks a pixel and a joint: miniature SURREAL, 1,000 clips of one frame each epoch, 64 pixels; 30% of "
+    "the clips have another clip's labels for one task; 20 epochs, batch 16, RMSprop 0.003",
     "permuted_mnist": "Tasks one after another: permuted MNIST, 10 tasks of 12,000 digits, 2 epochs each, 2x400, SGD "
     "0.01, batch 64",
     "permuted_mnist_few": "Few steps: the same with 1,280 digits a task and one epoch, 20 steps; eta 0.1, alpha "
@@ -147,6 +150,15 @@ def sequence_arms(
     return tuple(arms)
 
 
+WEIGHTINGS = ("equal", "uncertainty", "dwa", "gradnorm", "random_weighting", "task_weights")
+# By corrupt task, the weightings compared: all with one, and the sum and the instance level with each.
+SURREAL = {
+    "depth": WEIGHTINGS,
+    "parts": ("equal", "task_weights"),
+    "pose2d": ("equal", "task_weights"),
+    "pose3d": ("equal", "task_weights"),
+}
+CLEAN_CLIPS = tuple(f"data.corrupt.{task}=0" for task in SURREAL)
 FEW = ("model.dhp.eta=0.1", "model.dhp.alpha_init=[0.0,1.0]")
 CLEAN = ("experiment=self_paced", "data.noise=none", "data.noise_rate=0")
 ARMS = {
@@ -195,7 +207,12 @@ ARMS = {
     "self_paced_tail": SELECTIONS,
     "multimnist_noise": tuple(
         Arm(name, f"`{name}`", name)
-        for name in ("equal", "uncertainty", "dwa", "gradnorm", "random_weighting", "task_weights")
+        for name in WEIGHTINGS
+    ),
+    "surreal": tuple(
+        Arm(f"{wrong}_{name}", f"corrupt {wrong}: `{name}`", name, (*CLEAN_CLIPS, f"data.corrupt.{wrong}=0.3"))
+        for wrong, names in SURREAL.items()
+        for name in names
     ),
     "permuted_mnist": sequence_arms("linear") + sequence_arms("kaiming", traced=[""], strengths=KAIMING_STRENGTHS),
     "split_mnist": sequence_arms("linear") + sequence_arms("kaiming", ("", "mas"), traced=[""]),
@@ -219,6 +236,7 @@ BASE = {
     "self_paced_clean": CLEAN,
     "self_paced_tail": (*CLEAN, "data.imbalance=50"),
     "multimnist_noise": ("experiment=multimnist_noise",),
+    "surreal": ("experiment=surreal",),
     "permuted_mnist": ("experiment=permuted_mnist",),
     "permuted_mnist_few": (
         "experiment=permuted_mnist",

@@ -11,6 +11,7 @@ from typing import Any
 import checks
 import pandas as pd
 import sequence_tables
+import surreal_tables
 from checks import CHECKS, Check
 from experiments import (
     ARMS,
@@ -231,12 +232,31 @@ def sequence_section(root: Path, experiment: str) -> str:
     )
 
 
+def surreal_section(root: Path) -> str:
+    """Miniature SURREAL: every task's error, and who finds which corrupt labels."""
+    arms = {arm.name: read(root, "surreal", arm.name) for arm in ARMS["surreal"]}
+    columns, lines = surreal_tables.table(arms)
+    return "\n".join(
+        [
+            f"## {TITLES['surreal']}",
+            "",
+            f"{measured(root, 'surreal')} {len(arms['depth_equal'])} seeds. {surreal_tables.NOTE}",
+            "",
+            *_head(columns),
+            *(_row(line) for line in lines),
+            *_checks(surreal_tables.checks(arms), "task_weights"),
+        ]
+    )
+
+
 def section(root: Path, experiment: str) -> str:
     """An experiment's part of RESULTS.md."""
     if experiment == "magnet":
         return magnet_section(root)
     if experiment == "multimnist_noise":
         return tasks_section(root)
+    if experiment == "surreal":
+        return surreal_section(root)
     if experiment in sequence_tables.EXPERIMENTS:
         return sequence_section(root, experiment)
     return arms_section(root, experiment) if experiment in ARMS else reference_section(root, experiment)
