@@ -40,8 +40,8 @@ TITLES = {
     "self_paced_tail": "The same without noise, long tail of 50:1 (about 1,825 samples, 20 epochs of 29 updates)",
     "multimnist_noise": "Several tasks: MultiMNIST, 4,000 pictures; left digit 40% wrong labels, right digit clean, "
     "ink mass 30% corrupt; 18 epochs, batch 64, model rate 0.01",
-    "surreal": "Several tasks a pixel and a joint: miniature SURREAL, 1,000 clips of one frame each epoch, 64 pixels; 30% of "
-    "the clips have another clip's labels for one task; 20 epochs, batch 16, RMSprop 0.003",
+    "surreal": "People: miniature SURREAL, 1,000 clips, one frame each an epoch, 64 pixels; 30% of the clips have "
+    "another's labels for one task; 20 epochs, batch 16, RMSprop 0.003",
     "permuted_mnist": "Tasks one after another: permuted MNIST, 10 tasks of 12,000 digits, 2 epochs each, 2x400, SGD "
     "0.01, batch 64",
     "permuted_mnist_few": "Few steps: the same with 1,280 digits a task and one epoch, 20 steps; eta 0.1, alpha "
