@@ -41,7 +41,9 @@ def _until_frame(clip: Clip, frame: int) -> np.ndarray:
 
 
 def _sample(clip: Clip, frame: int) -> None:
-    read_info(clip), read_image(clip, frame), read_depth(clip, frame), read_parts(clip, frame)
+    read_info(clip)
+    for read in (read_image, read_depth, read_parts):
+        read(clip, frame)
 
 
 def _whole_sample(clip: Clip, frame: int) -> None:

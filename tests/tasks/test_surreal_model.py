@@ -69,8 +69,8 @@ def test_the_net_finds_places_in_the_targets_units():
             "parts": (2, 15, 32, 32),
         }
         # A map without a peak: the middle of the picture. One with a sharp peak in a cell: its centre.
-        net.heads["pose2d"].weight.zero_()
-        net.heads["pose2d"].bias.zero_()
+        for parameter in net.heads["pose2d"].parameters():
+            parameter.zero_()
         assert net(torch.rand(1, 3, 64, 64))["pose2d"].flatten().tolist() == pytest.approx([5.0] * 32, abs=1e-4)
         place = torch.full((1, 32 * 32), -50.0)
         place[0, 4 * 32 + 21] = 50.0  # row 4, column 21
