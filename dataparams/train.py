@@ -19,7 +19,7 @@ import hydra
 import lightning as L
 import pandas as pd
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
@@ -32,7 +32,7 @@ from dataparams.report.compare_page import compare
 from dataparams.report.data_report import FILE as REPORT_FILE
 from dataparams.report.data_report import write_report
 from dataparams.report.files import check_writable, replacing, write_json
-from dataparams.report.monitor import DetectionMonitor, SaveOnInterrupt, StepTimer
+from dataparams.report.monitor import DetectionMonitor, GroupMonitor, SaveOnInterrupt, StepTimer
 from dataparams.report.plots import write_plots
 from dataparams.report.printed import headline, report
 from dataparams.report.quality import with_quality
@@ -117,7 +117,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     datamodule = instantiate(cfg.data, _convert_="all")
     module = instantiate(cfg.module, _convert_="all")
-    makers = {name: partial(instantiate, node, _convert_="all") for name, node in cfg.callbacks.items()}
+    makers = _makers(cfg, datamodule)
     interrupt = SaveOnInterrupt(run_dir / "checkpoints" / "interrupted.ckpt")
     monitor = getattr(module, "monitor", "val_accuracy")
     if cfg.ema and monitor != "val_accuracy":
@@ -155,6 +155,21 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return {}
 
 
+def _makers(cfg: DictConfig, datamodule: Any) -> dict[str, Any]:
+    """Functions that make the callbacks, by name. Where samples share rows, the data module's ``index_key`` and
+    ``num_rows`` say which and how many, and methods are told."""
+    options = {}
+    if getattr(datamodule, "index_key", None) is not None:
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        options = {"index_key": datamodule.index_key, "num_rows": datamodule.num_rows}
+    makers = {}
+    for name, node in cfg.callbacks.items():
+        own = options if issubclass(get_class(node._target_), MethodCallback) else {}
+        makers[name] = partial(instantiate, node, _convert_="all", **own)
+    return makers
+
+
 def _make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], monitor: str | None) -> L.Trainer:
     folder = run_dir / "checkpoints"
     methods = [callback for callback in callbacks if isinstance(callback, MethodCallback)]
@@ -162,6 +177,7 @@ def _make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], m
     callbacks = [
         *callbacks,
         DetectionMonitor(methods),
+        GroupMonitor(methods),
         StepTimer(),
         *([keep(filename="best", monitor=monitor, mode="max")] if monitor else []),
         keep(filename="last"),

@@ -28,7 +28,8 @@ class AveragedWeights(WeightAveraging):
     Lightning's own callback swaps the average in wherever the model is evaluated, so that one run shows one of the
     two. Here the averaged copy sees every validation batch right after the model and logs ``val_accuracy_ema`` next to
     ``val_accuracy``. In checkpoints ``state_dict`` holds the average, ``current_model_state`` the raw weights, as in
-    Lightning. For modules that map ``batch[0]`` to logits and have labels in ``batch[1]``.
+    Lightning. For modules that map ``batch[0]`` to logits, or by a method ``class_scores`` to scores, and have labels
+    in ``batch[1]``.
 
     Args:
         decay: in [0, 1); 0.995 averages over the last 200 or so steps.
@@ -58,7 +59,8 @@ class AveragedWeights(WeightAveraging):
             return
         inputs, labels = batch[0], batch[1]
         average = self._average_model.module.eval()
-        self._accuracy.update((average(inputs).argmax(dim=1) == labels).float())
+        scores = getattr(average, "class_scores", average)(inputs)
+        self._accuracy.update((scores.argmax(dim=1) == labels).float())
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._average_model is not None:

@@ -212,7 +212,11 @@ class DataParameters(MethodCallback):
         super().on_train_epoch_end(trainer, pl_module)
 
     def columns(self, frame: pd.DataFrame) -> dict[str, Any]:
-        """``log_temperature`` = log sigma of the sample; for ``joint`` also its two parts."""
+        """``log_temperature`` = log sigma of the sample; for ``joint`` also its two parts.
+
+        Where a sample's elements have classes of their own (frames, pixels), the class part of ``joint`` is taken as
+        the mean class temperature in ``log_temperature``, and is missing by itself.
+        """
         rows = {name: table.values.detach().float().cpu().numpy() for name, table in self.tables.items()}
         if self.level == "instance":
             return {"log_temperature": rows["log_temperature"]}
@@ -223,7 +227,9 @@ class DataParameters(MethodCallback):
             return {"log_temperature": of_class}
         of_instance = rows["log_temperature"][: len(frame)]
         with np.errstate(invalid="ignore"):  # no label yet, no class temperature: NaN
-            joint = np.logaddexp(of_class, of_instance)
+            mean_class = np.log(np.exp(rows["class_log_temperature"]).mean())
+            several = ~known & (frame["visits"].to_numpy() > 0)
+            joint = np.logaddexp(np.where(several, mean_class, of_class), of_instance)
         return {
             "log_temperature": joint,
             "log_temperature_instance": of_instance,

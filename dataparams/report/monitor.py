@@ -17,7 +17,8 @@ import numpy as np
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dataparams.callbacks.base import MethodCallback
-from dataparams.report.rows import auroc, detectors_in, detectors_of, merge_frames, suspicions
+from dataparams.report.groups import group_means, is_group
+from dataparams.report.rows import add_columns, auroc, detectors_in, detectors_of, merge_frames, suspicions
 from dataparams.report.tasks import truth_columns, truths_for
 
 
@@ -32,14 +33,28 @@ class StepTimer(L.Callback):
         self._previous: float | None = None
         self._times: list[float] = []
         self._epoch_medians: list[float] = []
+        self._waits: list[float] = []
+        self._totals = [0.0, 0.0]  # seconds waited for data, and in all
 
     @property
     def step_time_ms(self) -> float:
         """Milliseconds: the median over epochs of the epoch's median. NaN before an epoch of two batches has ended."""
         return 1e3 * median(self._epoch_medians) if self._epoch_medians else float("nan")
 
+    @property
+    def data_wait_share(self) -> float:
+        """Share of the steps' time between the end of one batch and the begin of the next: waiting for data, and moving
+        it to the device. The first batch of an epoch is left out. NaN before an epoch of two batches has ended."""
+        return self._totals[0] / self._totals[1] if self._totals[1] else float("nan")
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._previous, self._times = None, []
+        self._previous, self._times, self._waits = None, [], []
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._previous is not None:
+            self._waits.append(time.perf_counter() - self._previous)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -55,12 +70,37 @@ class StepTimer(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._times:
             self._epoch_medians.append(median(self._times))
+            self._totals = [self._totals[0] + sum(self._waits), self._totals[1] + sum(self._times)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch_medians": list(self._epoch_medians)}
+        return {"epoch_medians": list(self._epoch_medians), "totals": list(self._totals)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._epoch_medians = list(state_dict["epoch_medians"])
+        self._totals = list(state_dict.get("totals", (0.0, 0.0)))  # not in older checkpoints
+
+
+class GroupMonitor(L.Callback):
+    """Logs, every epoch, the mean of each method's column over the samples of a group and over the others.
+
+    Groups are the truth-valued columns of the data module's ``sample_columns`` (``is_noisy``: clean and noisy speech);
+    what is logged is ``<column>_<group>`` and ``<column>_not_<group>``, the group's name without ``is_``. Silent where
+    there are none.
+
+    Args:
+        methods: the callbacks whose rows are looked at.
+    """
+
+    def __init__(self, methods: Sequence[MethodCallback]) -> None:
+        self.methods = list(methods)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        known = getattr(trainer.datamodule, "sample_columns", {})  # type: ignore[attr-defined]
+        if not self.methods or not any(is_group(values) for values in known.values()):
+            return
+        rows = add_columns(merge_frames([method.to_frame() for method in self.methods]), known)
+        rows.attrs["detectors"] = detectors_of(self.methods)
+        pl_module.log_dict(group_means(rows), sync_dist=True)
 
 
 class DetectionMonitor(L.Callback):

@@ -25,8 +25,8 @@ def predicted_labels(module: nn.Module, batches: Iterable[Any]) -> dict[str, np.
     """By column: ``model_label`` of logits ``(B, K)``, ``model_<task>`` of a dictionary of them or of values ``(B,)``.
 
     Args:
-        module: maps the input to logits, to a dictionary of outputs or to something that has ``logits``; it is left
-            in its modes.
+        module: maps the input to logits, to a dictionary of outputs or to something that has ``logits``, or has a
+            method ``class_scores`` that maps it to scores; it is left in its modes.
         batches: the input stands at the first position, or under one of the usual names.
 
     Returns:
@@ -42,7 +42,7 @@ def predicted_labels(module: nn.Module, batches: Iterable[Any]) -> dict[str, np.
     try:
         for batch in batches:
             inputs = batch if isinstance(batch, Tensor) else read_part(batch, None, INPUT_NAMES, 0, "input_key")
-            output = module(move_data_to_device(inputs, device))
+            output = getattr(module, "class_scores", module)(move_data_to_device(inputs, device))
             output = getattr(output, "logits", output)
             named = output if isinstance(output, Mapping) else {"label": output}
             for name, values in named.items():

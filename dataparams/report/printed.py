@@ -32,6 +32,18 @@ def headline(results: dict[str, Any]) -> str:
     else:
         accuracy = results["test_accuracy_best"], results["test_accuracy_last"]
         lines = [f"{run}: test accuracy {accuracy[0]:.3f} {best}, {accuracy[1]:.3f} at the last"]
+    if "false_reject_best" in results:
+        missed, alarms, noisy = (
+            ", ".join(f"{results[f'{key}_{when}']:{digits}}" for when in ("best", "last"))
+            for key, digits in (
+                ("false_reject", ".3f"),
+                ("false_alarms_per_hour", ".1f"),
+                ("test_accuracy_noisy", ".3f"),
+            )
+        )
+        lines.append(
+            f"  false rejects on a stream {missed} at {alarms} false alarms an hour; accuracy in noise {noisy}"
+        )
     found = {
         key.removeprefix("auroc_").removesuffix("_best"): value
         for key, value in results.items()

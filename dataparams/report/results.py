@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ from torch.utils.data import DataLoader
 
 from dataparams.callbacks.base import MethodCallback
 from dataparams.report.files import replacing
+from dataparams.report.groups import group_results
 from dataparams.report.monitor import StepTimer
 from dataparams.report.predictions import BATCH_SIZE, add_predictions
-from dataparams.report.rows import SCHEMA_VERSION, build_rows, detection_results, detectors_of, merge_frames
+from dataparams.report.rows import (
+    SCHEMA_VERSION,
+    add_columns,
+    build_rows,
+    detection_results,
+    detectors_of,
+    merge_frames,
+)
 from dataparams.tasks.calibration import calibrated_scores, evaluate
 
 Checkpoint = dict[str, Any]
@@ -62,15 +71,22 @@ def rows_of_run(best: Sequence[MethodCallback], last: Sequence[MethodCallback], 
         last: the same for the last one.
         datamodule: set up.
     """
-    return build_rows(
+    given = getattr(datamodule, "given_labels", None)
+    rows = build_rows(
         merge_frames([method.to_frame() for method in best]),
         merge_frames([method.to_frame() for method in last]),
-        given_labels=given if isinstance(given := getattr(datamodule, "given_labels", None), Mapping) else None,
+        given_labels=given if isinstance(given, Mapping) else None,
         true_labels=getattr(datamodule, "true_labels", None),
         is_corrupt=getattr(datamodule, "is_corrupt", None),
         ids=getattr(datamodule, "ids", None),
         detectors=detectors_of(last),
     )
+    if (
+        isinstance(given, torch.Tensor) and rows["given_label"].isna().all()
+    ):  # frames or pixels with classes of their own
+        rows["given_label"] = given.numpy()[rows["index"]]
+    known = getattr(datamodule, "sample_columns", {})  # what else it knows of its samples, by row
+    return add_columns(rows, known)
 
 
 def add_model_labels(
@@ -82,7 +98,8 @@ def add_model_labels(
 ) -> None:
     """Add ``model_label`` (of several tasks ``model_<task>``) at the best epoch and ``_last``, in place: see
     :mod:`dataparams.report.predictions`. Nothing where the data module has no ``train_set`` of tuples (input, ...)
-    with a tensor as input, as with tasks one after another.
+    with a tensor as input, as with tasks one after another, and where samples share rows. A data module's own
+    ``loader(dataset)`` makes the batches, where it has one.
 
     Args: those of :func:`collect_results`.
     """
@@ -92,12 +109,15 @@ def add_model_labels(
     first = dataset[0]
     if not isinstance(first, tuple | list) or not isinstance(first[0], torch.Tensor):
         return
+    if getattr(datamodule, "index_key", None) is not None:
+        return
+    make_loader = getattr(datamodule, "loader", partial(DataLoader, batch_size=BATCH_SIZE))
     last = checkpoints["last"]
     module.to(device)
     for suffix, checkpoint in (("", checkpoints.get("best", last)), ("_last", last)):
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(_weights(checkpoint, False))
-        add_predictions(rows, module, DataLoader(dataset, batch_size=BATCH_SIZE), suffix)
+        add_predictions(rows, module, make_loader(dataset), suffix)
     module.to("cpu")
 
 
@@ -168,7 +188,9 @@ def collect_results(
         **results,
         **detection_results(rows),
         **{name: value for method in methods for name, value in method.summary(rows).items()},
+        **group_results(rows),
         "step_time_ms": timer.step_time_ms,
+        "data_wait_share": timer.data_wait_share,
         "peak_memory_mb": peak_memory_mb(),
         "num_samples": len(rows),
         **{key: value for key, value in datamodule.describe().items() if isinstance(value, str | int | float)},

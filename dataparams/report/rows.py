@@ -129,6 +129,19 @@ def build_rows(
     return rows
 
 
+def add_columns(rows: pd.DataFrame, known: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """The table with what a data module knows of its samples beside, after the columns that do not change.
+
+    Args:
+        rows: what :func:`build_rows` returns.
+        known: by column, per position in the training set.
+    """
+    place = sum(column in STATIC_COLUMNS for column in rows)
+    for number, (column, values) in enumerate(known.items()):
+        rows.insert(place + number, column, np.asarray(values)[rows["index"]])
+    return rows
+
+
 def write_rows(rows: pd.DataFrame, path: Path | str) -> None:
     """Write ``rows`` as Parquet with the version of the schema and the detectors in its metadata."""
     table = pa.Table.from_pandas(rows, preserve_index=False)

@@ -15,6 +15,7 @@ from dataparams.tasks.multimnist import MultiMNISTData
 from dataparams.tasks.multitask import JointError, MultiTaskCNN, MultiTaskModel, Task
 from dataparams.tasks.noise import corrupt_labels
 from dataparams.tasks.scenarios import PermutedMNISTData, SplitMNISTData
+from dataparams.tasks.speech import FrameMLP, KeywordResNet, KeywordSpotter, SpeechCommandsData
 from dataparams.tasks.surreal import SurrealClips
 from dataparams.tasks.surreal_data import SurrealData
 from dataparams.tasks.surreal_model import DepthError, KnownL1Loss, PartsIoU, SurrealModel, SurrealNet, surreal_tasks
@@ -31,8 +32,11 @@ __all__ = [
     "DigitsData",
     "EpochSampler",
     "FashionMNISTData",
+    "FrameMLP",
     "ImageDataset",
     "JointError",
+    "KeywordResNet",
+    "KeywordSpotter",
     "KnownL1Loss",
     "MNISTData",
     "MultiMNISTData",
@@ -45,6 +49,7 @@ __all__ = [
     "SVHNData",
     "SmallBNNet",
     "SmallCNN",
+    "SpeechCommandsData",
     "SplitMNISTData",
     "SurrealClips",
     "SurrealData",

@@ -24,6 +24,8 @@ DATA = {
     "split_mnist": "MNIST",
     "imbalanced_permuted_mnist": "MNIST",
     "cifar10": "cifar10",
+    "keyword_spotting": "SpeechCommands",
+    "keyword_spotting_clean": "SpeechCommands",
 }
 TITLES = {
     "digits_noise": "Digits, 40% symmetric noise, 40 epochs, batch 32, model rate 0.01",
@@ -48,6 +50,9 @@ TITLES = {
     "uniform in [0, 1); 2,500 test digits",
     "split_mnist": "Split MNIST, 5 tasks of two digits, all training images, 4 epochs each, 2x256, SGD 0.01, batch 64",
     "imbalanced_permuted_mnist": "Permuted MNIST with another share, 0.1 to 1, of each class in each task",
+    "keyword_spotting": "Keywords in noise: Speech Commands, a subset of 896 training utterances, each clean and in "
+    "noise (-10 to 10 dB); frames, 5x64, 16 epochs, batch 32, model rate 0.1",
+    "keyword_spotting_clean": "The same, trained on clean speech alone",
     "magnet": "An embedding: Fashion-MNIST, first 7,000, 660 updates with Adam at 0.001, batch 64, 16 dimensions",
 }
 MAGNET = {
@@ -159,6 +164,16 @@ SURREAL = {
     "pose3d": ("equal", "task_weights"),
 }
 CLEAN_CLIPS = tuple(f"data.corrupt.{task}=0" for task in SURREAL)
+# Speech: every level of temperature.
+SPEECH = (
+    PLAIN,
+    *(
+        Arm(level, f"`data_parameters`, {level}", "data_parameters", (f"callbacks.data_parameters.level={level}",))
+        for level in ("class", "instance", "joint")
+    ),
+)
+
+
 FEW = ("model.dhp.eta=0.1", "model.dhp.alpha_init=[0.0,1.0]")
 CLEAN = ("experiment=self_paced", "data.noise=none", "data.noise_rate=0")
 ARMS = {
@@ -214,6 +229,8 @@ ARMS = {
         for wrong, names in SURREAL.items()
         for name in names
     ),
+    "keyword_spotting": SPEECH,
+    "keyword_spotting_clean": SPEECH,
     "permuted_mnist": sequence_arms("linear") + sequence_arms("kaiming", traced=[""], strengths=KAIMING_STRENGTHS),
     "split_mnist": sequence_arms("linear") + sequence_arms("kaiming", ("", "mas"), traced=[""]),
     "imbalanced_permuted_mnist": sequence_arms("linear", ("", "mas")),
@@ -246,6 +263,8 @@ BASE = {
     ),
     "split_mnist": ("experiment=split_mnist",),
     "imbalanced_permuted_mnist": ("experiment=imbalanced_permuted_mnist",),
+    "keyword_spotting": ("experiment=keyword_spotting",),
+    "keyword_spotting_clean": ("experiment=keyword_spotting", "data.noisy_copies=0"),
 }
 
 
