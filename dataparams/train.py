@@ -45,7 +45,7 @@ from dataparams.report.results import (
     write_matrices,
 )
 from dataparams.report.rows import write_rows
-from dataparams.report.tracking import finish, log_report
+from dataparams.report.tracking import finishing, log_report, sweep_name, tracking_loggers
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 CHECKPOINTS = ("best", "last", "best_ema", "interrupted")
@@ -124,35 +124,44 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError(f"ema={cfg.ema}: averaged weights are scored by one accuracy, this run by {monitor}: ema=null")
     trainer = _make_trainer(cfg, run_dir, [interrupt, *(make() for make in makers.values())], monitor)
     last = run_dir / "checkpoints" / "last.ckpt"
-    with _saving_when_interrupted(interrupt, run_dir, makers, module, datamodule):
-        trainer.fit(module, datamodule=datamodule, ckpt_path=last if cfg.resume and last.exists() else None)
+    with finishing(trainer.loggers):
+        with _saving_when_interrupted(interrupt, run_dir, makers, module, datamodule):
+            trainer.fit(module, datamodule=datamodule, ckpt_path=last if cfg.resume and last.exists() else None)
+        return _write_outputs(cfg, run_dir, trainer, module, datamodule, makers) if trainer.is_global_zero else {}
 
-    if trainer.is_global_zero:
-        checkpoints = _load_checkpoints(run_dir)
-        datamodule.trainer = trainer  # after ddp_spawn only the children's has one
-        datamodule.setup("fit")
-        datamodule.setup("test")
-        methods = methods_at(makers, checkpoints["last"])
-        rows = rows_of_run(methods_at(makers, checkpoints.get("best", checkpoints["last"])), methods, datamodule)
-        device = trainer.strategy.root_device
-        add_model_labels(rows, checkpoints, module, datamodule, device)
-        rows = with_quality(rows)
-        write_rows(rows, run_dir / "rows.parquet")
-        identity = {name: cfg[name] for name in ("experiment", "method", "seed")}
-        identity["max_epochs"] = trainer.max_epochs
-        results = identity | collect_results(checkpoints, rows, methods, module, datamodule, device)
-        write_matrices([*methods, module], datamodule, run_dir)
-        _write_metrics(run_dir)
-        write_json(results, results_path)  # last of the tables: where it exists, the run is complete
-        (run_dir / "checkpoints" / "interrupted.ckpt").unlink(missing_ok=True)
-        if cfg.plots:
-            write_plots(run_dir)
-        if cfg.report:
-            write_report(run_dir, datamodule)
-        log_report(trainer.loggers, rows, [run_dir / REPORT_FILE, run_dir / "rows.parquet"], results)
-        finish(trainer.loggers)
-        return results
-    return {}
+
+def _write_outputs(
+    cfg: DictConfig,
+    run_dir: Path,
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    datamodule: Any,
+    makers: dict[str, Any],
+) -> dict[str, Any]:
+    """Evaluate the checkpoints of a finished fit, write the files of the run, return what ``results.json`` holds."""
+    checkpoints = _load_checkpoints(run_dir)
+    datamodule.trainer = trainer  # after ddp_spawn only the children's has one
+    datamodule.setup("fit")
+    datamodule.setup("test")
+    methods = methods_at(makers, checkpoints["last"])
+    rows = rows_of_run(methods_at(makers, checkpoints.get("best", checkpoints["last"])), methods, datamodule)
+    device = trainer.strategy.root_device
+    add_model_labels(rows, checkpoints, module, datamodule, device)
+    rows = with_quality(rows)
+    write_rows(rows, run_dir / "rows.parquet")
+    identity = {name: cfg[name] for name in ("experiment", "method", "seed")}
+    identity["max_epochs"] = trainer.max_epochs
+    results = identity | collect_results(checkpoints, rows, methods, module, datamodule, device)
+    write_matrices([*methods, module], datamodule, run_dir)
+    _write_metrics(run_dir)
+    write_json(results, run_dir / "results.json")  # last of the tables: where it exists, the run is complete
+    (run_dir / "checkpoints" / "interrupted.ckpt").unlink(missing_ok=True)
+    if cfg.plots:
+        write_plots(run_dir)
+    if cfg.report:
+        write_report(run_dir, datamodule)
+    log_report(trainer.loggers, rows, [run_dir / REPORT_FILE, run_dir / "rows.parquet"], results)
+    return results
 
 
 def _makers(cfg: DictConfig, datamodule: Any) -> dict[str, Any]:
@@ -187,10 +196,7 @@ def _make_trainer(cfg: DictConfig, run_dir: Path, callbacks: list[L.Callback], m
         callbacks.append(keep(filename="best_ema", monitor="val_accuracy_ema", mode="max"))
     if cfg.progress_bar:
         callbacks.append(ProgressBar())
-    loggers = [
-        CSVLogger(run_dir, name="logs"),
-        *(instantiate(node) for node in (cfg.logger or {}).values()),
-    ]
+    loggers = [CSVLogger(run_dir, name="logs"), *tracking_loggers(cfg, sweep_name(run_dir))]
     return instantiate(
         cfg.trainer,
         callbacks=callbacks,

@@ -19,7 +19,7 @@ BASELINES = ("none", "equal", "finetune")
 # Settings that tell the methods of a sweep apart, follow from the seed or change no number; two runs that differ in
 # nothing else are a pair.
 PAIRED_APART = (
-    "callbacks", "method", "model.dhp", "model.head", "run_dir", "seed", "tuned", "resume", "plots", "report",
+    "callbacks", "logger", "method", "model.dhp", "model.head", "run_dir", "seed", "tuned", "resume", "plots", "report",
     "progress_bar"
 )  # fmt: skip
 KEYS = ["experiment", "setting", "method"]
@@ -73,7 +73,7 @@ def read_sweep(sweep_dir: Path | str) -> pd.DataFrame:
     shared = settings[[name for name in settings if not _belongs(name, PAIRED_APART)]]
     frame["context"] = [json.dumps(values) for values in shared.to_numpy().tolist()]
     frame["setting"] = ""
-    own = settings[[name for name in settings if not _belongs(name, ("method", "run_dir", "tuned"))]]
+    own = settings[[name for name in settings if not _belongs(name, ("logger", "method", "run_dir", "tuned"))]]
     for _, group in frame.groupby(["experiment", "method"]):
         varied = [name for name in own if own.loc[group.index, name].nunique(dropna=False) > 1]
         frame.loc[group.index, "setting"] = [

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
 
 MOST_ROWS = 10_000  # what W&B's own tables show at most
 
@@ -43,11 +48,41 @@ def log_report(
         run.summary.update(dict(results or {}))
 
 
-def finish(loggers: Sequence[Logger]) -> None:
-    """End the W&B runs of these loggers, so that the next job of a sweep in this process begins one of its own."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+def tracking_loggers(config: DictConfig, sweep: str | None) -> list[Logger]:
+    """The loggers of Hydra's group ``logger``; W&B's know the configuration.
+
+    Args:
+        config: of the run.
+        sweep: its name, or None; the ``group`` of loggers that have one that is null.
+    """
+    loggers = []
+    for node in (config.logger or {}).values():
+        in_sweep = {"group": sweep} if sweep is not None and "group" in node and node.group is None else {}
+        loggers.append(instantiate(node, _convert_="all", **in_sweep))
+        if isinstance(loggers[-1], WandbLogger):
+            loggers[-1].log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    return loggers
+
+
+def sweep_name(run_dir: Path) -> str | None:
+    """The name of the sweep's folder where this is one of its jobs, else None."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return run_dir.parent.name
+
+
+@contextmanager
+def finishing(loggers: Sequence[Logger]) -> Iterator[None]:
+    """End the W&B runs of these loggers, also after an error, so that the next job of a sweep in this process begins
+    one of its own: W&B would go on with the open one."""
+    status = 1
+    try:
+        yield
+        status = 0
+    finally:
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish(exit_code=status)
 
 
 def worst(rows: pd.DataFrame, count: int = MOST_ROWS) -> pd.DataFrame:

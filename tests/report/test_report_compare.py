@@ -81,6 +81,15 @@ def test_a_pair_shares_every_setting_but_the_methods_own(tmp_path):
     assert summary.loc[("data.noise_rate=0.4", "ours"), "test_accuracy_best_diff_mean"] == pytest.approx(0.4)
 
 
+def test_loggers_change_no_number_and_part_no_pair(tmp_path):
+    for method, score in (("none", 0.5), ("ours", 0.7)):
+        config = {"logger": {"wandb": {"tags": ["digits", method], "name": f"run-{method}"}}}
+        write_run(tmp_path / method, method, 0, score, config=config if method == "ours" else {})
+        write_run(tmp_path / f"{method}1", method, 1, score, config=config)
+    summary = summarize(read_sweep(tmp_path)).set_index(["setting", "method"])
+    assert summary.loc[("", "ours"), "pairs"] == 2
+
+
 def test_a_methods_own_setting_makes_lines_of_its_own_against_the_same_baseline(tmp_path):
     write_run(tmp_path / "none", "none", 0, 0.5, config={"callbacks": {"dynamics": {}}})
     for rate, accuracy in [(0.1, 0.6), (0.2, 0.8)]:
