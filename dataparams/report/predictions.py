@@ -48,6 +48,8 @@ def predicted_labels(module: nn.Module, batches: Iterable[Any]) -> dict[str, np.
             for name, values in named.items():
                 if (labels := _labels(values, name == "label")) is not None:
                     parts.setdefault(f"model_{name}", []).append(labels)
+            if not parts:  # outputs of another kind: a pass over all samples would find nothing
+                break
     finally:
         for part, training in modes:
             part.training = training

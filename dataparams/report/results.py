@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -98,7 +99,7 @@ def add_model_labels(
 ) -> None:
     """Add ``model_label`` (of several tasks ``model_<task>``) at the best epoch and ``_last``, in place: see
     :mod:`dataparams.report.predictions`. Nothing where the data module has no ``train_set`` of tuples (input, ...)
-    with a tensor as input, as with tasks one after another, and where samples share rows. A data module's own
+    with a tensor as input, and where samples share rows; where the pass fails a warning. A data module's own
     ``loader(dataset)`` makes the batches, where it has one.
 
     Args: those of :func:`collect_results`.
@@ -111,14 +112,20 @@ def add_model_labels(
         return
     if getattr(datamodule, "index_key", None) is not None:
         return
-    make_loader = getattr(datamodule, "loader", partial(DataLoader, batch_size=BATCH_SIZE))
+    make_loader = getattr(
+        datamodule, "loader", partial(DataLoader, batch_size=getattr(datamodule, "batch_size", BATCH_SIZE))
+    )
     last = checkpoints["last"]
     module.to(device)
-    for suffix, checkpoint in (("", checkpoints.get("best", last)), ("_last", last)):
-        module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(_weights(checkpoint, False))
-        add_predictions(rows, module, make_loader(dataset), suffix)
-    module.to("cpu")
+    try:
+        for suffix, checkpoint in (("", checkpoints.get("best", last)), ("_last", last)):
+            module.on_load_checkpoint(checkpoint)
+            module.load_state_dict(_weights(checkpoint, False))
+            add_predictions(rows, module, make_loader(dataset), suffix)
+    except Exception as error:  # in a forward of the user's own: the run and its other columns are worth more
+        warnings.warn(f"no column model_label: {type(error).__name__}: {error}", stacklevel=2)
+    finally:
+        module.to("cpu")
 
 
 def write_matrices(owners: Sequence[Any], datamodule: Any, run_dir: Path) -> None:

@@ -106,7 +106,7 @@ def test_the_same_seed_gives_the_same_run_and_a_resumed_run_the_same_too(tmp_pat
     run(configured(tmp_path / "parts", *options, "trainer.max_epochs=1"))
     run(configured(tmp_path / "parts", *options, "resume=true"))
     whole, resumed = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "parts"))
-    timing = ("step_time_ms", "peak_memory_mb")
+    timing = ("step_time_ms", "peak_memory_mb", "data_wait_share")
     assert {k: v for k, v in resumed.items() if k not in timing} == {k: v for k, v in whole.items() if k not in timing}
     rows = [read_rows(tmp_path / name / "rows.parquet") for name in ("whole", "parts")]
     pd.testing.assert_frame_equal(rows[0], rows[1])
