@@ -117,7 +117,7 @@ def _few(arms: Mapping[str, Runs]) -> list[Check]:
         gain = points(arms["dhp" + suffix], arms["finetune" + suffix], key).mean()
         asked.append(Check(f"right after a task: DHP over the linear head, points, {head}", gain, 2))
         frozen = points(arms["frozen" + suffix], arms["finetune" + suffix], key).abs().max()
-        asked.append(Check(f"the same with a frozen trace: -|difference|, worst seed, {head}", -frozen, 0))
+        asked.append(Check(f"the same with a frozen trace: minus the largest difference, {head}", -frozen, 0))
     return asked
 
 
