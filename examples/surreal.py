@@ -181,10 +181,10 @@ def draw(data: SurrealData, model: SurrealModel, rows: pd.DataFrame, task: str, 
         predictions = model(images)
     heads = ["joints", "3D label", "3D prediction", "depth label", "depth prediction", "parts label",
              "parts prediction", "learned weights"]  # fmt: skip
-    figure = Figure(figsize=(1.55 * len(heads) + 1.6, 1.62 * len(shown) + 0.9))
+    figure = Figure(figsize=(1.55 * len(heads) + 1.6, 1.62 * len(shown) + 1.05))
     panels = figure.subplots(len(shown), len(heads), squeeze=False)
-    figure.subplots_adjust(0.12, 0.02, 0.995, 1 - 0.8 / (1.62 * len(shown) + 0.9), 0.06, 0.06)
-    figure.suptitle(title)
+    figure.subplots_adjust(0.12, 0.02, 0.995, 1 - 0.95 / (1.62 * len(shown) + 1.05), 0.06, 0.06)
+    figure.suptitle(f"{title}\njoints: label orange, prediction blue; a red frame: the label is wrong")
     for place, (index, line) in enumerate(zip(shown, panels, strict=True)):
         row = rows[rows["index"] == index].iloc[0]
         wrong = [name for name in TASKS if row[f"is_corrupt_{name}"]]
@@ -241,7 +241,7 @@ def _draw_weights(axes: Any, row: pd.Series) -> None:
     axes.barh(list(TASKS), weights, color="#56B4E9")
     for number, (task, weight) in enumerate(zip(TASKS, weights, strict=True)):
         axes.text(0.04, number, f"{task} {weight:.2f}", va="center", size=7)
-    axes.set(xlim=(0, 2), ylim=(3.6, -0.6))
+    axes.set(xlim=(0, 2), ylim=(3.6, -0.6), box_aspect=1)
     axes.axvline(1, color="#999999", linewidth=0.8, linestyle=":")
 
 

@@ -108,13 +108,14 @@ def test_known_l1_is_l1_over_known_elements():
 
 
 def test_depth_error_of_bins_by_hand():
-    logits = torch.full((1, 20, 1, 3), -9.0)
+    logits = torch.full((1, 20, 1, 3), -99.0)
     logits[0, 0] = 5.0  # background is the likeliest everywhere, and does not count as a depth
     logits[0, [12, 3, 7], 0, [0, 1, 2]] = 1.0
+    logits[0, 4, 0, 1] = 1.0 + np.log(3)  # bins 3 and 4 with probabilities 1/4 and 3/4
     metric = DepthError()
     metric.update(logits, torch.tensor([[[10, 4, 0]]]))  # the third pixel is background
     metric.update(logits, torch.full((1, 1, 3), -100))  # no label
-    assert metric.compute().item() == pytest.approx((2 + 1) / 2 * 45)
+    assert metric.compute().item() == pytest.approx((2 + 0.25) / 2 * 45)
 
 
 def test_depth_error_of_metres_by_hand():
