@@ -65,7 +65,7 @@ class DynamicsTable:
         valid = seen.valid & torch.isfinite(seen.loss)
         segment = segments(index)
         if segment is None and valid.device.type == "cpu" and bool(valid.all()):
-            self._add_all(index, seen)
+            self.add_once(index, seen)
             return
         visited, correct, label = valid, seen.correct, seen.label
         share = valid  # of duplicates each adds its own visit, one the event of forgetting
@@ -87,8 +87,9 @@ class DynamicsTable:
             self.sums[index] = self.sums[index] + segment_sum(segment, values)
         self.last[index] = torch.where(visited, (2 * (label + 1) + correct).to(torch.int32), before)
 
-    def _add_all(self, index: Tensor, seen: Observation) -> None:
-        """The same where no sample comes twice and all of them count, as in most batches."""
+    def add_once(self, index: Tensor, seen: Observation) -> None:
+        """:meth:`update` where no sample comes twice, all of them count and their losses are finite, as in most
+        batches."""
         before = self.last[index]
         forgotten = (before & 1).bool() & ~seen.correct
         columns = (seen.loss, seen.margin, seen.confidence, seen.confidence.square(), seen.valid, forgotten)

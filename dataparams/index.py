@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from dataparams.ids import Ids, IndexKey, RowIds, read_ids
+from dataparams.optim import segments
 
 
 class IndexedBatch:
@@ -182,6 +183,7 @@ class IndexTracker:
         self.current: list[Tensor] = []
         self.required = True  # False: samples without positions are no error
         self.edits: list[Callable[[Any], Any]] = []  # copies of a training loader that yield other samples, in order
+        self._looked_at: tuple[Tensor, bool] | None = None
         self._serial = 0
         self._loaders: list[_TakenLoader] = []
         self._offsets: dict[int, int] = {}
@@ -355,6 +357,12 @@ class IndexTracker:
             return indexed.batch
 
         return apply_to_collection(batch, IndexedBatch, take_off)
+
+    def are_distinct(self, index: Tensor) -> bool:
+        """Whether rows that :meth:`index_for` returned, on the CPU, hold none twice: looked up once a batch."""
+        if self._looked_at is None or self._looked_at[0] is not index:
+            self._looked_at = index, index.device.type == "cpu" and segments(index) is None
+        return self._looked_at[1]
 
     def index_for(self, batch_size: int, name: str) -> Tensor:
         """Rows of the samples that the criterion was called with.

@@ -261,7 +261,12 @@ class LossCall:
         counted = self.target if self.criterion.kind == "given" else self.counted
         if self.criterion.kind in SOFTMAX_KINDS and not self.target.is_floating_point():
             counted = self.target != self.criterion.ignore_index
-        return counted if counted is not None and counted.shape == losses.shape else None
+        if counted is None or counted.shape != losses.shape:
+            return None
+        if counted.device.type == "cpu" and bool(counted.all()):
+            self.complete = True
+            return None
+        return counted
 
     def _plain_losses(self) -> Tensor:
         """Of each element, without class weights and label smoothing."""

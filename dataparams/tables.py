@@ -32,12 +32,14 @@ class Visit:
         valid: bool, shape ``S``; False marks elements that carry no loss (padding, a missing label). None: all count.
         scale: factor, broadcastable to ``S``, from ``leaf.grad`` to the gradient of the samples' own losses, for
             ``grad_scale="instance"``. None: the number of rows gathered, which undoes a mean over them.
+        distinct: visits that name the same object here are known to hold no row twice, together; None: not known.
     """
 
     index: Tensor
     leaf: Tensor
     valid: Tensor | None = None
     scale: Tensor | float | None = None
+    distinct: object = None
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:

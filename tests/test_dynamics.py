@@ -154,3 +154,18 @@ def test_stated_memory_is_what_is_held():
     table = DynamicsTable(1000)
     held = sum(t.numel() * t.element_size() for t in table.state_dict().values())
     assert held == 1000 * BYTES_PER_ROW
+
+
+def test_a_batch_without_duplicates_and_gaps_is_added_as_any_other():
+    """The short way, against the general one, which a masked duplicate asks for."""
+    generator = torch.Generator().manual_seed(0)
+    short, general = DynamicsTable(9), DynamicsTable(9)
+    for _ in range(4):
+        index = torch.randperm(9, generator=generator)[:5]
+        seen = classification(torch.randn(5, 3, generator=generator), torch.randint(3, (5,), generator=generator))
+        short.update(index, seen)
+        masked = Observation(*(torch.cat((column, column[:1])) for column in seen))
+        masked = masked._replace(valid=torch.tensor([True] * 5 + [False]))
+        general.update(torch.cat((index, index[:1])), masked)
+    assert torch.equal(short.last, general.last)
+    torch.testing.assert_close(short.sums, general.sums)

@@ -388,3 +388,40 @@ def test_schedulers_drive_a_row_optimizer_of_ones_own():
         rows.step()
         scheduler.step()
     assert table.values[1].item() == -1.75
+
+
+@pytest.mark.parametrize("make", [RowSGD, RowAdam])
+@pytest.mark.parametrize("told", ["valid", "distinct"])
+def test_what_is_known_of_visits_changes_their_cost_and_not_their_step(make, told):
+    tables = [ParameterTable(9, bounds=(-0.2, 0.2)) for _ in range(2)]
+    optimizers = [make([table], lr=0.1, weight_decay=0.01) for table in tables]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        index, weight = torch.randperm(9, generator=generator)[:6], torch.randn(6, generator=generator)
+        for place, (table, optimizer) in enumerate(zip(tables, optimizers, strict=True)):
+            here, values = table.gather(index.view(2, 3))
+            block = object()
+            for rows, leaf in zip(here, values, strict=True):
+                visit = table.visit(rows, leaf)
+                if place and told == "valid":
+                    visit.valid = torch.ones(3, dtype=torch.bool)
+                elif place:
+                    visit.distinct = block
+            (torch.cat([visit.leaf for visit in table.pending]) * weight).sum().backward()
+            optimizer.step()
+    assert torch.equal(tables[0].values, tables[1].values)
+    assert tables[0].values.any()
+    for ours, theirs in zip(optimizers[0].row_state[0].values(), optimizers[1].row_state[0].values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_rows_that_wait_outlast_a_step_where_their_owner_says_so():
+    for keep, expected in ((True, [-1.0, -1.0]), (False, [-1.0, 0.0])):
+        table = ParameterTable(2)
+        rows = RowSGD([table], lr=1.0, momentum=0.0)
+        rows.keep_waiting = keep
+        first, second = table.rows(torch.tensor([0])), table.rows(torch.tensor([1]))
+        for leaf in (first, second):
+            leaf.sum().backward()
+            rows.step()
+        assert table.values.tolist() == expected

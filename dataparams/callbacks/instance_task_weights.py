@@ -117,7 +117,7 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
         self.task_wide = task_wide
         self.task_lr = task_lr
         self.scales: dict[str, Tensor] = {}  # of the regressions, by task, once known
-        self._inverse: dict[str, float] = {}  # one over the scales, on the host
+        self._log_scales: dict[str, Tensor] = {}
         self._first: dict[str, list[Tensor]] = {}  # losses from which the processes take the scales at the step's end
         self._gathered: dict[str, tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]] = {}  # rows of the step, by table
         # also checks rates, momentum and bounds, before any training
@@ -171,7 +171,10 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
             parts = dict(zip(tasks, zip(here.unbind(), values.unbind(), strict=True), strict=True))
             self._gathered[group] = (call.index, parts)
         here, leaf = parts.pop(task)  # a second call of the step is a visit of its own
-        call.visits.append(table.visit(here, leaf, None if call.complete else call.valid))
+        visit = table.visit(here, leaf, None if call.complete else call.valid)
+        if here.device.type == "cpu" and self._session is not None and self._session.tracker.are_distinct(call.index):
+            visit.distinct = parts
+        call.visits.append(visit)
         return leaf
 
     def sigma_of(self, call: LossCall) -> tuple[Tensor, Tensor]:
@@ -191,18 +194,18 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
 
     # -- the scale of a task ---------------------------------------------------------------------------------------
 
-    def inverse_scale(self, call: LossCall) -> Tensor | float:
-        """One over the typical loss of the task's first batch that has a label for it.
+    def log_scale(self, call: LossCall) -> Tensor:
+        """Log of the typical loss of the task's first batch that has a label for it.
 
         Under several processes that is known only when all have come to the end of the training step, for one of them
         may not call the loss at all. Until then the part of this process stands in, see :meth:`corrected`.
         """
         task = call.criterion.task
-        if task in self._inverse:
-            return self._inverse[task]
-        if task in self.scales:  # once a fit the host waits for it
-            self._inverse[task] = 1 / float(self.scales[task])
-            return self._inverse[task]
+        if task in self._log_scales:
+            return self._log_scales[task]
+        if task in self.scales:
+            self._log_scales[task] = self.scales[task].double().log().float()
+            return self._log_scales[task]
         assert call.means is not None
         seen = call.means.detach()[call.valid].float()
         own = _positive(typical_loss(seen))
@@ -210,14 +213,14 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
             self._first.setdefault(task, []).append(seen)
         elif own is not None:
             self.scales[task] = own
-        return 1.0 if own is None else 1 / float(own)
+        return torch.zeros((), device=seen.device) if own is None else own.log()
 
-    def corrected(self, call: LossCall, losses: Tensor, inverse: Tensor | float) -> Tensor:
+    def corrected(self, call: LossCall, losses: Tensor, log_scale: Tensor) -> Tensor:
         """Losses whose gradient makes up for a scale that was only this process's, once the common one is known."""
         task = call.criterion.task
 
         def correct(gradient: Tensor) -> Tensor:
-            return gradient / (inverse * self.scales[task]) if task in self.scales else gradient
+            return gradient * (log_scale.exp() / self.scales[task]) if task in self.scales else gradient
 
         if task in self._first and losses.requires_grad:
             losses.register_hook(correct)
@@ -247,7 +250,7 @@ class InstanceTaskWeights(MultiTask, MethodCallback):
         """Scales live on the device."""
         super().prepare(num_rows, trainer)
         self.scales = {task: scale.to(trainer.strategy.root_device) for task, scale in self.scales.items()}
-        self._inverse.clear()
+        self._log_scales.clear()
 
     # -- what the user gets ----------------------------------------------------------------------------------------
 
@@ -310,21 +313,22 @@ class _TaskWeights:
                 call.weigh(factor)
             return
         _, log_sigma = method.sigma_of(call)
-        term = COEFFICIENT[form] * log_sigma
-        weight = (-term).exp()
-        call.log_terms.append(term)
-        if method.scale is None or form not in SCALED:
+        coefficient = COEFFICIENT[form]
+        call.log_terms.append(log_sigma if coefficient == 1 else coefficient * log_sigma)
+        scaled = method.scale is not None and form in SCALED
+        if not scaled and call.criterion.kind != "given":
+            weight = (-coefficient * log_sigma).exp()
             call.weigh(weight if factor is None else weight * factor)
             return
         # not through weigh(), whose difference to the user's own loss would lose digits
-        inverse = method.inverse_scale(call)
-        weight = weight * inverse
+        log_scale = method.log_scale(call) if scaled else torch.zeros((), device=log_sigma.device)
+        weight = torch.sub(-log_scale, log_sigma, alpha=coefficient).exp()
         if call.means is not None and call.as_given and call.criterion.reduction == "mean":
             losses, factor = call.means, None if call.complete or call.counted is None else instance_share(call)
         else:
             losses = call.elementwise()
         weight = weight if factor is None else weight * factor
-        call.losses = method.corrected(call, losses * broadcast_rows(weight, losses), inverse)
+        call.losses = method.corrected(call, losses * broadcast_rows(weight, losses), log_scale)
 
 
 def _positive(scale: Tensor) -> Tensor | None:

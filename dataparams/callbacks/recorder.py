@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import lightning as L
@@ -15,6 +15,7 @@ from dataparams.callbacks.tasks import MultiTask
 from dataparams.distributed import all_gather_rows
 from dataparams.dynamics import DynamicsTable
 from dataparams.functional.dynamics import Observation
+from dataparams.index import IndexTracker
 from dataparams.loss_call import LossCall
 
 if TYPE_CHECKING:
@@ -32,21 +33,31 @@ class _Reached(NamedTuple):
     complete: bool
     seen: Observation | None
 
+    @property
+    def known_loss(self) -> Tensor:
+        """NaN where there is no label."""
+        return self.loss if self.complete else torch.where(self.valid, self.loss, torch.nan)
+
 
 class Recorder:
     """Keeps what the calls of a batch showed; adds it to the tables when the batch is over.
 
     Args:
         members: the callbacks, which are told too.
+        tracker: of the samples in the batch.
+
+    Attributes:
         tasks: their names in the order of the rows, where there are several.
     """
 
-    def __init__(self, members: list[MethodCallback]) -> None:
+    def __init__(self, members: list[MethodCallback], tracker: IndexTracker) -> None:
         self.members = members
+        self.tracker = tracker
         self.tasks: list[str] = []
         self.guard = NonFiniteGuard()
         self._inspected: list[LossCall] = []  # of this training step
         self._reached: list[_Reached] = []
+        self._finite = False  # the host knows that all losses of the batch are
         self._warned_repeated = False
 
     def inspect(self, call: LossCall, seen: Observation | None) -> None:
@@ -71,10 +82,12 @@ class Recorder:
     def end_step(self) -> None:
         """Name the samples whose loss is not finite, of all the step's calls at once."""
         calls, self._inspected = self._inspected, []
+        self._finite = False
         if not calls:
             return
         finite = _joined([call.loss for call in calls if call.loss is not None]).isfinite()
-        if finite.device.type != "cpu" or not bool(finite.all()):
+        self._finite = finite.device.type == "cpu" and bool(finite.all())
+        if not self._finite:
             valid = torch.cat([call.valid for call in calls])
             self.guard.submit(torch.cat([call.index for call in calls]), ~finite & valid)
 
@@ -117,30 +130,44 @@ class Recorder:
             loss, margin, confidence = floats.unbind(1)
             correct, label, valid = integers[:, 1].bool(), integers[:, 2], integers[:, 3].bool()
             joined = Observation(loss, margin, confidence, correct, label, valid)
-        dynamics.update(index, joined)
+        if self._simple(calls, trainer) and len(seen) == 1:
+            dynamics.add_once(index, joined)
+        else:
+            dynamics.update(index, joined)
         for member in self.members:
             member.observe(index, joined)
+
+    def _simple(self, calls: list[_Reached], trainer: L.Trainer) -> bool:
+        """All calls are for the same samples, none of which comes twice, lacks a label or has a loss that is not
+        finite."""
+        index = calls[0].index if calls and self._finite and trainer.world_size == 1 else None
+        alike = index is not None and all(call.complete and call.index is index for call in calls)
+        return index is not None and alike and self.tracker.are_distinct(index)
 
     def _flush_tasks(self, trainer: L.Trainer, calls: list[_Reached]) -> None:
         """A number a sample and task."""
         device, places = trainer.strategy.root_device, {task: place for place, task in enumerate(self.tasks)}
         index, loss = torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, device=device)
-        if calls:
-            first_rows = {id(call.index): call.index * len(places) for call in calls}
-            index = _joined(_on(device, (first_rows[id(call.index)] + places[call.task] for call in calls)))
-            losses = (c.loss if c.complete else torch.where(c.valid, c.loss, torch.nan) for c in calls)
-            loss = _joined(list(losses))
+        numbers = [places[call.task] for call in calls]
+        if calls and all(call.index is calls[0].index for call in calls):
+            rows = [calls[0].index[:, None] * len(places) + torch.tensor(numbers, device=calls[0].index.device)]
+            index = _on(device, rows)[0].flatten()
+            loss = torch.stack([call.known_loss for call in calls], 1).flatten()
+        elif calls:
+            rows = [call.index * len(places) + number for call, number in zip(calls, numbers, strict=True)]
+            index, loss = torch.cat(_on(device, rows)), torch.cat([call.known_loss for call in calls])
+        finite = self._finite and trainer.world_size == 1 and all(call.complete for call in calls)
         if trainer.world_size > 1:
-            losses, numbers = all_gather_rows(loss[:, None], index[:, None], device=device)
-            loss, index = losses[:, 0], numbers[:, 0]
+            losses, gathered = all_gather_rows(loss[:, None], index[:, None], device=device)
+            loss, index = losses[:, 0], gathered[:, 0]
         for member in self.members:
             if isinstance(member, MultiTask):
-                member.observe_tasks(index, loss)
+                member.observe_tasks(index, loss, finite)
 
 
 def _joined(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _on(device: torch.device, tensors: Iterator[Tensor]) -> list[Tensor]:
+def _on(device: torch.device, tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t if t.device == device else t.to(device, non_blocking=True) for t in tensors]

@@ -40,7 +40,7 @@ class Session:
         self.objective = Objective()
         self.tracker = IndexTracker()
         self.dynamics: DynamicsTable | None = None
-        self.recorder = Recorder(self.members)
+        self.recorder = Recorder(self.members, self.tracker)
         self.lookahead: LookAhead | None = None
         self.splits = False  # a meta set is held out of the training loader
         self.active = False

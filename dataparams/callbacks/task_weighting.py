@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dataparams.callbacks.base import MethodCallback
 from dataparams.callbacks.logging import log_metrics
-from dataparams.callbacks.tasks import MultiTask, missing_factor
+from dataparams.callbacks.tasks import MultiTask, missing_factor, seen_losses
 from dataparams.functional.task_weights import COEFFICIENT, dynamic_weight_average, gradnorm_update
 from dataparams.loss_call import LossCall
 from dataparams.objective import Stage
@@ -122,11 +122,10 @@ class TaskWeighting(MultiTask, MethodCallback):
         """Multiply each task's loss."""
         return [_Weight(self)]
 
-    def observe_tasks(self, rows: Tensor, loss: Tensor) -> None:
+    def observe_tasks(self, rows: Tensor, loss: Tensor, finite: bool = False) -> None:
         """Also the epoch's mean losses."""
-        super().observe_tasks(rows, loss)
-        values = torch.stack((loss.nan_to_num(0.0, 0.0, 0.0), loss.isfinite().to(loss.dtype)), 1)
-        self.epoch_sums.index_add_(0, rows % len(self.forms), values)
+        super().observe_tasks(rows, loss, finite)
+        self.epoch_sums.index_add_(0, rows % len(self.forms), seen_losses(loss, finite))
 
     # -- the weights -----------------------------------------------------------------------------------------------
 

@@ -179,16 +179,15 @@ class MultiTask(SampleTable):
         grown[: len(self.task_sums)] = self.task_sums
         self.task_sums = grown
 
-    def observe_tasks(self, rows: Tensor, loss: Tensor) -> None:
+    def observe_tasks(self, rows: Tensor, loss: Tensor, finite: bool = False) -> None:
         """Called after each batch with what was seen of all tasks on all processes.
 
         Args:
             rows: ``(V,)`` int64, sample * number of tasks + number of the task.
             loss: ``(V,)`` plain loss; NaN where the sample has no label for the task.
+            finite: it is known that none is missing or infinite.
         """
-        seen = loss.isfinite()
-        values = torch.stack((loss.nan_to_num(0.0, 0.0, 0.0), seen.to(loss.dtype)), 1)
-        self.task_sums.index_add_(0, rows, values)
+        self.task_sums.index_add_(0, rows, seen_losses(loss, finite))
 
     def columns(self, frame: pd.DataFrame) -> dict[str, Any]:
         """``mean_loss_<task>``: the running mean of the task's plain loss; NaN where a sample has no label for it."""
@@ -319,6 +318,18 @@ def _loss(module: nn.Module, task: str, where: str | nn.Module) -> nn.Module:
             "over with dataparams.nn.TaskLosses"
         )
     return where
+
+
+def seen_losses(loss: Tensor, finite: bool = False) -> Tensor:
+    """Losses and how many they are, ``(V, 2)``; both 0 where a loss is missing or infinite.
+
+    Args:
+        loss: ``(V,)``.
+        finite: it is known that all are.
+    """
+    if finite:
+        return torch.stack((loss, torch.ones_like(loss)), 1)
+    return torch.stack((loss.nan_to_num(0.0, 0.0, 0.0), loss.isfinite().to(loss.dtype)), 1)
 
 
 def missing_factor(call: LossCall) -> Tensor | None:

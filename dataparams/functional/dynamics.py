@@ -97,10 +97,11 @@ def classification(logits: Tensor, target: Tensor, ignore_index: int = -100) -> 
 
 def _classification(logits: Tensor, target: Tensor, valid: Tensor) -> Observation:
     """One label a sample ``(B,)``, known to be there for all, on the CPU."""
-    if target.numel() and int(target.max()) >= logits.shape[-1]:
-        raise IndexError(f"label {int(target.max())} is out of bounds for {logits.shape[-1]} logits")
     place = target[:, None]
-    log_prob = F.log_softmax(logits, 1).gather(1, place)[:, 0]
+    try:
+        log_prob = F.log_softmax(logits, 1).gather(1, place)[:, 0]
+    except RuntimeError:
+        raise IndexError(f"label {int(target.max())} is out of bounds for {logits.shape[-1]} logits") from None
     margin = logits.gather(1, place)[:, 0] - logits.scatter(1, place, float("-inf")).amax(1)
     return Observation(-log_prob, margin, log_prob.exp(), margin > 0, target, valid)
 

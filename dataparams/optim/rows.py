@@ -154,7 +154,9 @@ class RowOptimizer(torch.optim.Optimizer):
             index, grad, valid = self._joined(table, visits)
         if not index.numel():
             return
-        segment = segments(index)
+        together = visits[0].distinct if visits and self.gather is None else None
+        known = together is not None and all(visit.distinct is together for visit in visits)
+        segment = None if known else segments(index)
         counts: Tensor | None = None  # how often each entry's row counts; None: once
         if valid is not None or segment is not None:
             valid = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
