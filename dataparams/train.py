@@ -299,7 +299,7 @@ def list_choices() -> str:
                 comments = [
                     line for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line
                 ]
-                lines.append(f"  {path.name.removesuffix('.yaml'):<18}{comments[0][2:] if comments else ''}".rstrip())
+                lines.append(f"  {path.name.removesuffix('.yaml'):<27}{comments[0][2:] if comments else ''}".rstrip())
     return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ from dataparams.report.data_report import FILE, MODEL_NOTE, add_media
 from dataparams.report.files import check_writable
 from dataparams.report.media import MediaSource, media_source
 from dataparams.report.page import write_page
-from dataparams.report.payload import MAX_ROWS, PICTURES, build_payload
+from dataparams.report.payload import MAX_ROWS, MOST_ROWS, PICTURES, build_payload
 from dataparams.report.predictions import add_predictions
 from dataparams.report.quality import with_quality
 from dataparams.report.rows import STATIC_COLUMNS, build_rows, detectors_of, merge_frames, write_rows
@@ -80,8 +80,8 @@ class DataReport(L.Callback):
         if mode not in ("min", "max"):
             raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
         for name, value, least in (("pictures", pictures, 0), ("max_rows", max_rows, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if value < least or value > MOST_ROWS:
+                raise ValueError(f"{name} must be from {least} to {MOST_ROWS}, got {value}")
         self.folder = None if folder is None else Path(folder)
         self.monitor, self.mode = monitor, mode
         self.media, self.class_names = media, class_names

@@ -20,6 +20,7 @@ from dataparams.report.tasks import own_task, tasks_in
 
 MAX_ROWS = 100_000
 PICTURES = 200
+MOST_ROWS = 2**21  # that the page can sort
 MORE_BY_SCORE = 40  # pictures of the worst by every other score, beside those of the default ranking
 NAMES = ("given", "true", "model", "is_corrupt", "label_quality", "is_label_issue", "mean_loss")
 
@@ -45,8 +46,13 @@ def build_payload(
         epochs: metrics by epoch, or None.
         matrices: by name, what the run's ``*_matrix.csv`` hold.
         marked_epoch: the best epoch, counted from 0.
-        max_rows: rows beyond the worst so many stay out of the page.
+        max_rows: rows beyond the worst so many stay out of the page; at most 2,097,152.
+
+    Raises:
+        ValueError: ``max_rows`` is larger.
     """
+    if max_rows > MOST_ROWS:
+        raise ValueError(f"max_rows={max_rows:,}: a page holds at most {MOST_ROWS:,} rows; all are in rows.parquet")
     rows = with_quality(rows)
     views = [_view(rows, task, class_names) for task in (tasks_in(rows) or [""])]
     ranking = views[0]["scores"][0] if views[0]["scores"] else None

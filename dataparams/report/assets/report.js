@@ -25,12 +25,15 @@ function className(value) {
 }
 
 // ---- order and filters -------------------------------------------------------------------------------------------------
-const orders = new Map();  // a sort of 1e5 rows takes some 50 ms: each is done once
+const orders = new Map(), ROWS = 2 ** 21;
+// Numbers sort ten times faster than with a function that compares: a float's bits, made monotone, then the row in the low bits.
 function ordered(one) {
   if (!orders.has(one.column)) {
-    const values = columns.get(one.column).values, order = new Int32Array(size), key = new Float64Array(size);
-    for (let row = 0; row < size; row++) { order[row] = row; key[row] = Number.isFinite(values[row]) ? -one.sign * values[row] : Infinity; }
-    orders.set(one.column, order.sort((a, b) => (key[a] < key[b] ? -1 : key[a] > key[b] ? 1 : a - b)));
+    const values = columns.get(one.column).values, floats = new Float32Array(size), keys = new Float64Array(size);
+    for (let row = 0; row < size; row++) floats[row] = Number.isFinite(values[row]) ? 0 - one.sign * values[row] : Infinity;
+    const bits = new Uint32Array(floats.buffer);
+    for (let row = 0; row < size; row++) keys[row] = ((bits[row] >>> 31 ? ~bits[row] : bits[row] | 0x80000000) >>> 0) * ROWS + row;
+    orders.set(one.column, Int32Array.from(keys.sort(), (key) => key % ROWS));
   }
   return orders.get(one.column);
 }
