@@ -9,6 +9,7 @@ from dataparams.tasks.continual import ContinualClassifier
 from dataparams.tasks.continual_models import ContinualCNN, ContinualMLP
 from dataparams.tasks.data import NoisyDataModule
 from dataparams.tasks.image_data import DigitsData, FashionMNISTData, MNISTData
+from dataparams.tasks.image_files import ImagesData
 from dataparams.tasks.loading import EpochSampler, ImageDataset
 from dataparams.tasks.models import SmallBNNet, SmallCNN, WideResNet, resnet18_cifar
 from dataparams.tasks.multimnist import MultiMNISTData
@@ -34,6 +35,7 @@ __all__ = [
     "FashionMNISTData",
     "FrameMLP",
     "ImageDataset",
+    "ImagesData",
     "JointError",
     "KeywordResNet",
     "KeywordSpotter",
