@@ -258,7 +258,9 @@ def _hugging_face(source: Path) -> Listing:
     except ImportError as error:
         raise ImportError(f'{source} is a Hugging Face data set: pip install "dataparams[huggingface]"') from error
     loaded: Any = load_from_disk(str(source))
-    named: dict[str, Any] = dict(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
+    named: dict[str, Any] = {"train": loaded}
+    if isinstance(loaded, DatasetDict):
+        named = {str(name): one for name, one in loaded.items()}
     found = {part: named[name] for name, part in PART_NAMES.items() if name in named}
     if "train" not in found:
         raise ValueError(f"{source} has no part train, but {', '.join(named)}")
