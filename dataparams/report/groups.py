@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from dataparams.report.rows import STATIC_COLUMNS, auroc, detectors_in, suspicions
 
 
 def is_group(values: Any) -> bool:
-    """Whether a column divides the samples in two."""
-    values = np.asarray(values)
-    return values.dtype == np.bool_ and bool(values.any()) and not bool(values.all())
+    """Whether a column divides the samples in two; samples where it is missing belong to neither part."""
+    known = pd.Series(values).dropna()
+    return pd.api.types.is_bool_dtype(known) and bool(known.any()) and not bool(known.all())
 
 
 def groups_in(rows: pd.DataFrame) -> dict[str, pd.Series]:
@@ -38,8 +37,9 @@ def group_means(rows: pd.DataFrame, suffix: str = "") -> dict[str, float]:
         if column + suffix not in rows:
             continue
         for name, inside in groups_in(rows).items():
-            means[f"{column}_{name}"] = float(rows[column + suffix][inside].mean())
-            means[f"{column}_not_{name}"] = float(rows[column + suffix][~inside].mean())
+            values: Any = rows[column + suffix].groupby(inside).mean()
+            means[f"{column}_{name}"] = float(values[True])
+            means[f"{column}_not_{name}"] = float(values[False])
     return means
 
 
@@ -56,5 +56,7 @@ def group_results(rows: pd.DataFrame) -> dict[str, float]:
                 if detector in scores:
                     gap = means[f"{column}_{name}"] - means[f"{column}_not_{name}"]
                     results[f"{column}_gap_{name}_{when}"] = gap
-                    results[f"{name}_auroc_{detector}_{when}"] = auroc(scores[detector], inside)
+                    results[f"{name}_auroc_{detector}_{when}"] = auroc(
+                        scores[detector][inside.notna()], inside.dropna()
+                    )
     return results

@@ -138,7 +138,7 @@ def add_columns(rows: pd.DataFrame, known: Mapping[str, np.ndarray]) -> pd.DataF
     """
     place = sum(column in STATIC_COLUMNS for column in rows)
     for number, (column, values) in enumerate(known.items()):
-        rows.insert(place + number, column, np.asarray(values)[rows["index"]])
+        rows.insert(place + number, column, pd.Series(values).take(rows["index"]).array)
     return rows
 
 

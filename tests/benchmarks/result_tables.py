@@ -11,6 +11,7 @@ from typing import Any
 import checks
 import pandas as pd
 import sequence_tables
+import speech_tables
 import surreal_tables
 from checks import CHECKS, Check
 from experiments import (
@@ -249,6 +250,22 @@ def surreal_section(root: Path) -> str:
     )
 
 
+def speech_section(root: Path, experiment: str) -> str:
+    """Keyword spotting: accuracy, false rejects and temperatures by level."""
+    arms = {arm.name: read(root, experiment, arm.name) for arm in ARMS[experiment]}
+    columns, lines = speech_tables.table(root, experiment, arms)
+    return "\n".join(
+        [
+            f"## {TITLES[experiment]}",
+            "",
+            f"{measured(root, experiment)} {len(arms['none'])} seeds. {speech_tables.NOTE}",
+            "",
+            *_head(columns),
+            *(_row(line) for line in lines),
+        ]
+    )
+
+
 def section(root: Path, experiment: str) -> str:
     """An experiment's part of RESULTS.md."""
     if experiment == "magnet":
@@ -259,6 +276,8 @@ def section(root: Path, experiment: str) -> str:
         return surreal_section(root)
     if experiment in sequence_tables.EXPERIMENTS:
         return sequence_section(root, experiment)
+    if experiment in speech_tables.EXPERIMENTS:
+        return speech_section(root, experiment)
     return arms_section(root, experiment) if experiment in ARMS else reference_section(root, experiment)
 
 

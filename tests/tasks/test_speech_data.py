@@ -8,6 +8,7 @@ import tarfile
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -107,7 +108,7 @@ class TestSamples:
         module = data(tone_corpus, noisy_copies=2, silence=0.25)
         set_, known = module.train_set, module.sample_columns
         assert len(set_) == 56 * 3 + 14 == module.num_rows == len(module.ids) == len(set(module.ids))
-        noisy = np.flatnonzero(known["is_noisy"])
+        noisy = np.flatnonzero(np.isfinite(known["snr"]))
         assert len(noisy) == 112
         assert -10 <= known["snr"][noisy].min() < -5
         assert 5 < known["snr"][noisy].max() <= 10
@@ -119,12 +120,14 @@ class TestSamples:
             assert np.abs(audio).max() <= 1
             assert label == module.given_labels[position]
             name = module.ids[position]
-            if known["is_noisy"][position]:
+            if np.isfinite(known["snr"][position]):
+                assert known["is_noisy"][position]
                 measured = 10 * np.log10(energy(speech) / energy(noise))
                 assert abs(measured - known["snr"][position]) < 0.1
                 assert name[-2:] in ("#1", "#2")
             elif name.startswith("silence/"):
                 assert label == 3 == module.num_classes - 1
+                assert pd.isna(known["is_noisy"][position])  # neither clean nor noisy speech
                 assert not speech.any()
                 assert noise.any()
             else:
@@ -134,7 +137,7 @@ class TestSamples:
 
     def test_noise_is_fresh_each_epoch_and_the_snr_is_not(self, tone_corpus):
         module = data(tone_corpus)
-        position = int(np.flatnonzero(module.sample_columns["is_noisy"])[0])
+        position = int(np.flatnonzero(np.isfinite(module.sample_columns["snr"]))[0])
         clean, first = module.train_set[0][0], module.train_set.parts(position)
         module.train_set.set_epoch(1)
         second = module.train_set.parts(position)
@@ -319,7 +322,7 @@ def test_the_shared_subset_as_it_is(require):
     assert [len(module.utterances(split)[0]) for split in ("train", "val", "test")] == [896, 142, 262]
     speakers = [{u.speaker for u in module.utterances(split)[0]} for split in ("train", "val", "test")]
     assert not speakers[0] & speakers[1] | speakers[0] & speakers[2] | speakers[1] & speakers[2]
-    for position in np.flatnonzero(module.sample_columns["is_noisy"])[::17]:
+    for position in np.flatnonzero(np.isfinite(module.sample_columns["snr"]))[::17]:
         speech, noise = module.train_set.parts(position)
         drawn = module.sample_columns["snr"][position]
         assert abs(10 * np.log10(energy(speech) / energy(noise)) - drawn) < 0.1

@@ -67,15 +67,13 @@ def test_the_files_of_a_run(tmp_path, tone_corpus, overrides):
         assert "is_noisy" not in rows
         assert rows["is_corrupt"].mean() == pytest.approx(0.3, abs=0.02)
     else:
-        noisy = rows["is_noisy"].to_numpy()
-        assert noisy.sum() == 56
+        noisy, clean = ((rows["is_noisy"] == wanted).fillna(False).to_numpy(dtype=bool) for wanted in (True, False))
+        assert noisy.sum() == clean.sum() == 56
         assert rows["snr"].notna().tolist() == noisy.tolist()
-        gap = rows["log_temperature_last"][noisy].mean() - rows["log_temperature_last"][~noisy].mean()
+        gap = rows["log_temperature_last"][noisy].mean() - rows["log_temperature_last"][clean].mean()
         assert results["log_temperature_gap_noisy_last"] == pytest.approx(gap)
         assert curves["log_temperature_noisy"].iloc[-1] == pytest.approx(rows["log_temperature_last"][noisy].mean())
-        assert curves["log_temperature_not_noisy"].iloc[-1] == pytest.approx(
-            rows["log_temperature_last"][~noisy].mean()
-        )
+        assert curves["log_temperature_not_noisy"].iloc[-1] == pytest.approx(rows["log_temperature_last"][clean].mean())
         assert 0 <= results["noisy_auroc_log_temperature_last"] <= 1
         assert len(rows["model_label_last"].unique()) <= 4
     assert 0 <= results["data_wait_share"] <= 1

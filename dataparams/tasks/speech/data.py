@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 
@@ -64,7 +65,8 @@ class SpeechCommandsData(L.LightningDataModule):
         given_labels, true_labels: int64 tensors by row.
         is_corrupt: bool array by row: the given label is wrong.
         ids: by row: "word/speaker_nohash_n.wav", behind it "#1" for the first noisy copy; "silence/0", ...
-        sample_columns: by row: "word", "speaker", "is_noisy" (not with `shared_rows`) and "snr" (decibels; NaN: clean).
+        sample_columns: by row: "word", "speaker", "is_noisy" (missing for noise alone; not with
+            `shared_rows`) and "snr" (decibels; NaN: clean).
         num_rows: number of rows; index_key: where the batch holds them, None where the position is the row.
 
     Args:
@@ -107,7 +109,7 @@ class SpeechCommandsData(L.LightningDataModule):
     true_labels: torch.Tensor
     is_corrupt: np.ndarray
     ids: list[str]
-    sample_columns: dict[str, np.ndarray]
+    sample_columns: dict[str, Any]
     num_rows: int
 
     def __init__(
@@ -296,7 +298,8 @@ class SpeechCommandsData(L.LightningDataModule):
             copy = np.where(source < count, np.arange(len(source)) // count, 0)
             self.ids = [names[s] + (f"#{c}" if c else "") for s, c in zip(source, copy, strict=True)]
             columns = {name: column[source] for name, column in columns.items()}
-            self.sample_columns = {**columns, "is_noisy": np.isfinite(train.snr), "snr": train.snr}
+            noisy = [None if u < 0 else bool(np.isfinite(s)) for u, s in zip(train.utterance, train.snr, strict=True)]
+            self.sample_columns = {**columns, "is_noisy": pd.array(noisy), "snr": train.snr}
         self.num_rows = len(self.ids)
         _, first = np.unique(train.row, return_index=True)
         given = train.label[first]
