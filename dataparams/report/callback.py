@@ -54,7 +54,7 @@ class DataReport(L.Callback):
         max_rows: the page holds so many rows, the worst; ``rows.parquet`` holds all.
 
     Attributes:
-        path: of the page, once written.
+        path: of the page, once written; under ``ddp_spawn`` only the child process knows it.
         history: metrics by epoch.
 
     Raises:
@@ -89,6 +89,7 @@ class DataReport(L.Callback):
         self.predict, self.title = predict, title
         self.pictures, self.max_rows = pictures, max_rows
         self.path: Path | None = None
+        self._written_to: Path | None = None
         self.history: list[dict[str, float]] = []
         self._best: dict[str, Any] | None = None
 
@@ -103,8 +104,10 @@ class DataReport(L.Callback):
                 "DataReport has nothing to show: no method callback is in the trainer. Put one beside it, such as "
                 "DataParameters(...), or TrainingDynamics(), which records and changes nothing"
             )
+        # All processes ask: where there are several, the trainer answers with the first one's.
+        self._written_to = self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "report"
         if trainer.is_global_zero:
-            check_writable(self._folder(trainer))
+            check_writable(self._written_to)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the epoch's metrics, and the rows where it is the best so far."""
@@ -128,7 +131,8 @@ class DataReport(L.Callback):
         """Write both files."""
         if not trainer.is_global_zero or not self.history:
             return
-        folder = self._folder(trainer)
+        folder = self._written_to
+        assert folder is not None
         dataset = _training_set(trainer)
         rows = self._rows(trainer)
         if self.predict and isinstance(
@@ -169,9 +173,6 @@ class DataReport(L.Callback):
         self.history, self._best = list(state_dict["history"]), state_dict["best"]
 
     # -- parts -------------------------------------------------------------------------------------------------------
-
-    def _folder(self, trainer: L.Trainer) -> Path:
-        return self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "report"
 
     def _is_better(self, value: float) -> bool:
         if self._best is None:

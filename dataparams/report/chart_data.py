@@ -92,9 +92,19 @@ def confusion(
     }  # fmt: skip
 
 
-def matrix(name: str, frame: pd.DataFrame) -> Json:
-    """A ``*_matrix.csv`` as a heat map; its corner says ``rows \\ columns``."""
+def matrix(name: str, frame: pd.DataFrame, classes: Sequence[str] | None = None) -> Json:
+    """A table as a heat map: one of ``SampleTable.matrices``, or a ``*_matrix.csv``, whose corner says ``rows \\
+    columns``.
+
+    Args:
+        name: above it.
+        frame: ``(K, K)``.
+        classes: names for rows and columns that are class numbers.
+    """
     down, _, across = str(frame.index.name or "").partition(" \\ ")
+    across = across or str(frame.columns.name or "")
+    if classes is not None and list(frame.index) == list(frame.columns) == list(range(len(classes))):
+        frame = frame.set_axis(list(classes), axis=0).set_axis(list(classes), axis=1)
     return {
         "title": name.replace("_", " "), "down": down.replace("_", " "), "across": across.replace("_", " "),
         "rows": [str(label) for label in frame.index], "columns": [str(label) for label in frame.columns],

@@ -61,6 +61,7 @@ def build_payload(
         suspicion = ranking["sign"] * rows[ranking["column"]].to_numpy(dtype=np.float64)
         order = np.argsort(-np.nan_to_num(suspicion, nan=-np.inf), kind="stable")
     held = rows.iloc[order[:max_rows]]
+    names = None if class_names is None or isinstance(class_names, Mapping) else list(class_names)
     columns_of_metrics = list(dict.fromkeys(score["base"] for view in views for score in view["scores"]))
     payload = {
         "title": title,
@@ -70,7 +71,7 @@ def build_payload(
         "columns": [encode_column(name, held[name]) for name in _embedded(rows)],
         "curves": [] if epochs is None else chart_data.curves(epochs, columns_of_metrics),
         "marked_epoch": marked_epoch,
-        "matrices": [chart_data.matrix(name, frame) for name, frame in (matrices or {}).items()],
+        "matrices": [chart_data.matrix(name, frame, names) for name, frame in (matrices or {}).items()],
         "media": {},
     }
     return payload, held["index"].to_numpy()

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -44,8 +45,8 @@ class Model(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         loss = self.criterion(self(batch[0]), batch[1])
-        self.log("train_loss", loss, on_epoch=True, on_step=False)
-        self.log("val_score", self.scores[self.current_epoch % 3], on_epoch=True, on_step=False)
+        self.log("train_loss", loss, on_epoch=True, on_step=False, sync_dist=True)
+        self.log("val_score", self.scores[self.current_epoch % 3], on_epoch=True, on_step=False, sync_dist=True)
         return loss
 
     def configure_optimizers(self):
@@ -160,6 +161,21 @@ def test_the_best_epoch_is_the_monitors_and_survives_a_resume(tmp_path):
     assert list(resumed[kept]) == kept
 
 
+def test_two_processes_write_one_report_into_the_loggers_folder(tmp_path):
+    report, method = DataReport(monitor="val_score", mode="max", true_labels=TRUE), DataParameters(num_classes=3)
+    trainer = L.Trainer(
+        max_epochs=2, callbacks=[method, report], accelerator="cpu", devices=2, strategy="ddp_fork",
+        logger=CSVLogger(tmp_path), enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Model(), DataLoader(TensorDataset(INPUTS, GIVEN), batch_size=16))
+    (page,) = tmp_path.rglob("report.html")
+    assert page.parent == tmp_path / "lightning_logs" / "version_0" / "report"
+    rows = read_rows(page.parent / "rows.parquet")
+    assert (rows["visits_last"] == 2).all()
+    assert rows["is_corrupt"].tolist() == CORRUPT.tolist()
+    assert rows["model_label_last"].between(0, 2).all()
+
+
 def test_mistakes_are_named_before_training(tmp_path):
     with pytest.raises(ValueError, match="no method callback is in the trainer"):
         fit(DataReport(tmp_path), method=L.Callback())
@@ -226,6 +242,16 @@ def test_the_confusion_is_in_shares_of_the_given_label():
     expected = pd.crosstab(rows["given_label"], rows["model_label"], normalize="index")
     assert found is not None
     np.testing.assert_allclose(found["values"], expected.to_numpy(), rtol=1e-4)
+
+
+def test_matrices_of_classes_go_by_their_names():
+    frame = pd.DataFrame([[0.9, 0.1], [0.2, 0.8]]).rename_axis("given").rename_axis("learned", axis=1)
+    found = chart_data.matrix("label_matrix", frame, ["cat", "dog"])
+    assert (found["down"], found["across"]) == ("given", "learned")
+    assert found["rows"] == found["columns"] == ["cat", "dog"]
+    assert chart_data.matrix("label_matrix", frame, ["a", "b", "c"])["rows"] == ["0", "1"]
+    payload, _ = build_payload(rows_of(), "t", "p", ["a", "b", "c"], matrices={"m": pd.DataFrame(np.eye(3))})
+    assert payload["matrices"][0]["rows"] == ["a", "b", "c"]
 
 
 def test_a_page_holds_the_worst_rows_and_charts_count_all():
