@@ -142,6 +142,7 @@ class TestDetections:
         assert (curve["alarms_per_hour"].diff().dropna() >= 0).all()
         assert (curve["false_reject"].diff().dropna() <= 0).all()
         assert curve["alarms_per_hour"].iloc[-1] == 160
+        assert curve.iloc[0].tolist() == [np.inf, 0.0, 1.0]  # also where the highest score is a false alarm's
 
 
 class TestPosteriors:

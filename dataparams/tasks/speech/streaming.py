@@ -213,9 +213,10 @@ class Detections:
         return 0.0 if allowed >= len(ordered) else float(np.nextafter(ordered[allowed], np.inf))
 
     def curve(self) -> pd.DataFrame:
-        """The detection-error trade-off: `threshold`, `alarms_per_hour`, `false_reject`, from strict to lenient."""
+        """The detection-error trade-off: `threshold`, `alarms_per_hour`, `false_reject`, from no detection at
+        all to the most lenient."""
         scores = np.concatenate([self.hits[np.isfinite(self.hits)], self.alarms])
-        thresholds = np.append(np.unique(scores)[::-1], 0.0)
+        thresholds = np.concatenate([[np.inf], np.unique(scores)[::-1], [0.0]])
         hits, alarms = np.sort(self.hits), np.sort(self.alarms)
         missed = np.searchsorted(hits, thresholds, side="left") / len(hits)
         raised = (len(alarms) - np.searchsorted(alarms, thresholds, side="left")) / self.hours
