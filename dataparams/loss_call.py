@@ -234,14 +234,12 @@ class LossCall:
             losses = self.plain = self.criterion.elementwise(self.input, self.target)  # its weight will ask for them
         elif kind == "given":
             losses = self.plain = self.criterion.elementwise(self.input, self.target)
+        elif in_full and kind == "bce":
+            self.seen = observe.binary_classification(self.input.detach(), self.target.detach())
+        elif in_full and kind in SOFTMAX_KINDS and self._softmax_like:
+            self.seen = observe.classification(self.input.detach(), self.target.detach(), self.criterion.ignore_index)
         else:
-            with torch.no_grad():
-                if in_full and kind == "bce":
-                    self.seen = observe.binary_classification(self.input, self.target)
-                elif in_full and kind in SOFTMAX_KINDS and self._softmax_like:
-                    self.seen = observe.classification(self.input, self.target, self.criterion.ignore_index)
-                else:
-                    losses = self._plain_losses()
+            losses = self._plain_losses()
         if self.seen is not None or losses is None:
             assert self.seen is not None
             self.loss, self.valid = self.seen.loss, self.seen.valid
@@ -272,8 +270,10 @@ class LossCall:
         """Of each element, without class weights and label smoothing."""
         plain = {"cross_entropy": F.cross_entropy, "nll": F.nll_loss}.get(self.criterion.kind)
         if plain is None or self.target.is_floating_point():
-            return self.criterion.elementwise(self.input, self.target)
-        return plain(self.input, self.target, ignore_index=self.criterion.ignore_index, reduction="none")
+            with torch.no_grad():
+                return self.criterion.elementwise(self.input, self.target)
+        # without gradients as it is, for neither asks for one
+        return plain(self.input.detach(), self.target, ignore_index=self.criterion.ignore_index, reduction="none")
 
     @property
     def _softmax_like(self) -> bool:

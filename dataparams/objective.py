@@ -95,7 +95,8 @@ class Objective:
         """
         if criterion.task == self.main_task:
             self.criterion = criterion
-        samples = samples_in(criterion.kind, input, target)
+        unbatched = is_unbatched(criterion.kind, input, target)
+        samples = 1 if unbatched else input.shape[0]
         if index.numel() != samples:
             way = (
                 "hand the losses over with dataparams.nn.TaskLosses, which takes the rows: losses({...}, index=...)"
@@ -108,7 +109,6 @@ class Objective:
                 f"collate function drops samples, the data set makes several samples of one, or logits are flattened, "
                 f"{way}"
             )
-        unbatched = is_unbatched(criterion.kind, input, target)
         if unbatched:
             input, target = input.unsqueeze(0), target.unsqueeze(0)
         call = LossCall(criterion, input, target, index, self._all_of(input), unbatched=unbatched)

@@ -214,7 +214,7 @@ class MethodCallback(SampleTable, L.Callback):
                 # Only unscale: the row optimizer's own check for non-finite gradients is the same on all processes,
                 # where scaler.step() would skip on one and leave the others waiting.
                 scaler.unscale_(rows)
-            rows.step()
+            rows.step_visited()
 
     def on_train_batch_end(
         self,

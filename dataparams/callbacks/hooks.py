@@ -43,19 +43,27 @@ def make_hooks(session: Session, criterion: Criterion) -> tuple[Callable[..., An
     # that).
     ref = weakref.ref(session)
 
-    @torch.compiler.disable
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         session = ref()
         if session is None or not (session.listening and module.training):
             return None
         return session.begin_module_call(criterion, args, kwargs)
 
-    @torch.compiler.disable
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def end(module: nn.Module, output: Any) -> Any:
         session = ref()
         if session is None or not (session.listening and module.training):
             return None
         return session.end_module_call(output)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            return eagerly(begin, module, args, kwargs)
+        return begin(module, args, kwargs)  # the detour would cost as much as the hook
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return eagerly(end, module, output)
+        return end(module, output)
 
     return before, after
 

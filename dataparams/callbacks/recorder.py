@@ -33,11 +33,6 @@ class _Reached(NamedTuple):
     complete: bool
     seen: Observation | None
 
-    @property
-    def known_loss(self) -> Tensor:
-        """NaN where there is no label."""
-        return self.loss if self.complete else torch.where(self.valid, self.loss, torch.nan)
-
 
 class Recorder:
     """Keeps what the calls of a batch showed; adds it to the tables when the batch is over.
@@ -110,19 +105,23 @@ class Recorder:
     def flush(self, trainer: L.Trainer, dynamics: DynamicsTable | None) -> None:
         """After a batch: add what was seen, on every process the same."""
         calls = self._first_calls()
-        if self.tasks and (calls or trainer.world_size > 1):
-            self._flush_tasks(trainer, calls)
+        alone = trainer.world_size == 1
+        simple = alone and self._simple(calls)
+        if self.tasks and (calls or not alone):
+            self._flush_tasks(trainer.strategy.root_device, calls, alone, simple)
         seen = [(call.index, call.seen) for call in calls if call.seen is not None]
-        if dynamics is None or (not seen and trainer.world_size == 1):
+        if dynamics is None or (not seen and alone):
             return
         device = dynamics.sums.device
         if not seen:
             nothing = torch.zeros(0, device=device)
             flag = nothing.bool()
             seen = [(nothing.long(), Observation(nothing, nothing, nothing, flag, nothing.long(), flag))]
-        index = _joined(_on(device, (rows for rows, _ in seen)))
-        joined = Observation(*(_joined(column) for column in zip(*(s for _, s in seen), strict=True)))
-        if trainer.world_size > 1:
+        index = _joined(_on(device, [rows for rows, _ in seen]))
+        joined = seen[0][1]
+        if len(seen) > 1:
+            joined = Observation(*(torch.cat(column) for column in zip(*(s for _, s in seen), strict=True)))
+        if not alone:
             floats = torch.stack((joined.loss, joined.margin, joined.confidence), 1).float()
             integers = torch.stack((index, joined.correct.long(), joined.label, joined.valid.long()), 1)
             floats, integers = all_gather_rows(floats, integers, device=trainer.strategy.root_device)
@@ -130,39 +129,39 @@ class Recorder:
             loss, margin, confidence = floats.unbind(1)
             correct, label, valid = integers[:, 1].bool(), integers[:, 2], integers[:, 3].bool()
             joined = Observation(loss, margin, confidence, correct, label, valid)
-        if self._simple(calls, trainer) and len(seen) == 1:
+        if simple and len(seen) == 1:
             dynamics.add_once(index, joined)
         else:
             dynamics.update(index, joined)
         for member in self.members:
             member.observe(index, joined)
 
-    def _simple(self, calls: list[_Reached], trainer: L.Trainer) -> bool:
+    def _simple(self, calls: list[_Reached]) -> bool:
         """All calls are for the same samples, none of which comes twice, lacks a label or has a loss that is not
         finite."""
-        index = calls[0].index if calls and self._finite and trainer.world_size == 1 else None
-        alike = index is not None and all(call.complete and call.index is index for call in calls)
-        return index is not None and alike and self.tracker.are_distinct(index)
+        if not calls or not self._finite or not all(call.complete for call in calls):
+            return False
+        index = calls[0].index
+        return len({id(call.index) for call in calls}) == 1 and self.tracker.are_distinct(index)
 
-    def _flush_tasks(self, trainer: L.Trainer, calls: list[_Reached]) -> None:
+    def _flush_tasks(self, device: torch.device, calls: list[_Reached], alone: bool, simple: bool) -> None:
         """A number a sample and task."""
-        device, places = trainer.strategy.root_device, {task: place for place, task in enumerate(self.tasks)}
         index, loss = torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, device=device)
-        numbers = [places[call.task] for call in calls]
-        if calls and all(call.index is calls[0].index for call in calls):
-            rows = [calls[0].index[:, None] * len(places) + torch.tensor(numbers, device=calls[0].index.device)]
-            index = _on(device, rows)[0].flatten()
-            loss = torch.stack([call.known_loss for call in calls], 1).flatten()
+        numbers = [self.tasks.index(call.task) for call in calls]
+        losses = [c.loss if c.complete else torch.where(c.valid, c.loss, torch.nan) for c in calls]
+        if len({id(call.index) for call in calls}) == 1:
+            samples = calls[0].index
+            rows = samples[:, None] * len(self.tasks) + torch.tensor(numbers, device=samples.device)
+            index, loss = _on(device, [rows])[0].flatten(), torch.stack(losses, 1).flatten()
         elif calls:
-            rows = [call.index * len(places) + number for call, number in zip(calls, numbers, strict=True)]
-            index, loss = torch.cat(_on(device, rows)), torch.cat([call.known_loss for call in calls])
-        finite = self._finite and trainer.world_size == 1 and all(call.complete for call in calls)
-        if trainer.world_size > 1:
-            losses, gathered = all_gather_rows(loss[:, None], index[:, None], device=device)
-            loss, index = losses[:, 0], gathered[:, 0]
+            rows = [call.index * len(self.tasks) + number for call, number in zip(calls, numbers, strict=True)]
+            index, loss = torch.cat(_on(device, rows)), torch.cat(losses)
+        if not alone:
+            gathered, others = all_gather_rows(loss[:, None], index[:, None], device=device)
+            loss, index = gathered[:, 0], others[:, 0]
         for member in self.members:
             if isinstance(member, MultiTask):
-                member.observe_tasks(index, loss, finite)
+                member.observe_tasks(index, loss, simple)
 
 
 def _joined(parts: list[Tensor] | tuple[Tensor, ...]) -> Tensor:

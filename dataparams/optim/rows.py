@@ -122,7 +122,6 @@ class RowOptimizer(torch.optim.Optimizer):
         for table in self.tables:
             table.pending = [visit for visit in table.pending if visit.leaf.grad is None]
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the rows visited since the last step, then forget the visits.
 
@@ -133,13 +132,18 @@ class RowOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.step_visited()
+        return loss
+
+    @torch.no_grad()
+    def step_visited(self) -> None:
+        """:meth:`step` for an owner that needs no closure, hooks or profiler marks."""
         for table, state, group in zip(self.tables, self.row_state, self._groups, strict=True):
             visits = table.visited()
             if visits:  # rows still on their way to a loss outlast another optimizer's step in any case
                 table.pending = [visit for visit in table.pending if self.keep_waiting and visit.leaf.grad is None]
             if visits or self.gather is not None:
                 self._step_table(table, state, group, visits)
-        return loss
 
     def _step_table(
         self,
@@ -154,8 +158,8 @@ class RowOptimizer(torch.optim.Optimizer):
             index, grad, valid = self._joined(table, visits)
         if not index.numel():
             return
-        together = visits[0].distinct if visits and self.gather is None else None
-        known = together is not None and all(visit.distinct is together for visit in visits)
+        blocks = {id(visit.distinct) for visit in visits}
+        known = self.gather is None and len(blocks) == 1 and visits[0].distinct is not None
         segment = None if known else segments(index)
         counts: Tensor | None = None  # how often each entry's row counts; None: once
         if valid is not None or segment is not None:
@@ -238,16 +242,18 @@ class RowOptimizer(torch.optim.Optimizer):
                 scale = 1 / self.world_size
             grads.append(grad)
             scales.append(scale)
-        common = scales[0] if all(isinstance(scale, float) and scale == scales[0] for scale in scales) else None
+        alike = not any(isinstance(scale, Tensor) for scale in scales) and len(set(scales)) == 1
+        common = float(scales[0]) if alike else None
         if common is None:
             grads = [
                 grad * (_broadcast(scale, grad) if isinstance(scale, Tensor) and scale.dim() else scale)
                 for grad, scale in zip(grads, scales, strict=True)
             ]
-        grads = _on(device, (grad.reshape(-1, *table.row_shape) for grad in grads))
+        shape = (-1, *table.row_shape)
+        grads = _on(device, [g if g.dim() == len(shape) else g.reshape(shape) for g in grads])
         grad = _cat(grads) if common is None or common == 1 else _cat(grads) * common
-        index = _cat([visit.index.reshape(-1) for visit in visits])
-        if all(visit.valid is None for visit in visits):
+        index = _cat([visit.index if visit.index.dim() == 1 else visit.index.reshape(-1) for visit in visits])
+        if not any(visit.valid is not None for visit in visits):
             return index, grad, None
         valid = [torch.ones_like(v.index, dtype=torch.bool) if v.valid is None else v.valid for v in visits]
         return index, grad, _cat(_on(device, (each.reshape(-1) for each in valid)))
