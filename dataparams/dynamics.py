@@ -34,7 +34,8 @@ class DynamicsTable:
         self.num_rows = num_rows
         require_room(num_rows * BYTES_PER_ROW, f"training dynamics of {num_rows:,} samples", torch.device(device))
         # columns: loss, margin, confidence, confidence squared, visits, forgetting events (exact up to 2^24)
-        self.sums = torch.zeros((num_rows, 6), device=device)
+        # Not zeros(), which would leave the memory to be found at the first visit of each page, within a step.
+        self.sums = torch.full((num_rows, 6), 0.0, device=device)
         # 2 * (label + 1) + (correct at the last visit); label -1 is "no single class"; -2 before the first visit
         self.last = torch.full((num_rows,), -2, dtype=torch.int32, device=device)
 

@@ -230,8 +230,10 @@ class MethodCallback(SampleTable, L.Callback):
             return
         if session.members[0] is self:
             session.flush(trainer)
+        if not trainer.loggers:
+            return
         step, interval = trainer.global_step, getattr(trainer, "log_every_n_steps", 50)
-        if trainer.loggers and step != self._last_logged and interval and step % interval == 0:
+        if step != self._last_logged and interval and step % interval == 0:
             self._last_logged = step
             log_metrics(
                 trainer,

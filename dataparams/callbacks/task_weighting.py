@@ -42,7 +42,8 @@ class TaskWeighting(MultiTask, MethodCallback):
     """One weight a task.
 
     Args:
-        weighting: ``"equal"``, ``"uncertainty"``, ``"dwa"``, ``"gradnorm"`` or ``"random"``.
+        weighting: ``"equal"``, ``"uncertainty"``, ``"dwa"``, ``"gradnorm"`` or ``"random"``, also called
+            ``"random_weighting"``, as on the command line.
         tasks, kinds: see :class:`dataparams.InstanceTaskWeights`.
         lr: of uncertainty's log sigma (default 0.01, momentum 0.9), or of GradNorm's weights (default 0.025).
         temperature: of the dynamic weight average; default 2.
@@ -63,7 +64,7 @@ class TaskWeighting(MultiTask, MethodCallback):
 
     def __init__(
         self,
-        weighting: Literal["equal", "uncertainty", "dwa", "gradnorm", "random"] = "equal",
+        weighting: Literal["equal", "uncertainty", "dwa", "gradnorm", "random", "random_weighting"] = "equal",
         tasks: Mapping[str, str | nn.Module] | Sequence[str] | None = None,
         *,
         kinds: Mapping[str, str] | None = None,
@@ -75,6 +76,7 @@ class TaskWeighting(MultiTask, MethodCallback):
         **options: Any,
     ) -> None:
         super().__init__(tasks, kinds=kinds, **options)
+        weighting = "random" if weighting == "random_weighting" else weighting
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
         if lr is not None and not lr >= 0:

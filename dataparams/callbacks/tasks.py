@@ -165,9 +165,7 @@ class MultiTask(SampleTable):
 
     def make_tables(self, num_rows: int, device: torch.device) -> None:
         """Sums of plain losses, a row a sample and task, sample by sample."""
-        self.task_sums = torch.full(
-            (num_rows * len(self.forms), 2), 0.0, device=device
-        )  # not zeros(): see DynamicsTable
+        self.task_sums = torch.full((num_rows * len(self.forms), 2), 0.0, device=device)  # see DynamicsTable.sums
 
     def prepare(self, num_rows: int, trainer: L.Trainer) -> None:
         """The sums live on the device."""

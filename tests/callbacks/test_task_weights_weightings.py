@@ -122,3 +122,8 @@ def test_rows_beside_a_weighting_of_tasks_keep_their_fixed_point():
     callback = InstanceTaskWeights(TASKS, scale=None)
     train([callback, TaskWeighting("random", TASKS)], Ones(), max_epochs=2)
     torch.testing.assert_close(rows(callback, "value"), torch.zeros(SAMPLES).double(), rtol=0, atol=1e-5)
+
+
+def test_random_weights_have_the_name_of_the_command_line_too():
+    models = [train(TaskWeighting(name, TASKS, seed=3), max_epochs=1) for name in ("random", "random_weighting")]
+    assert_same(models[0].state_dict(), models[1].state_dict())
