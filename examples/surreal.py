@@ -241,8 +241,9 @@ def _draw_weights(axes: Any, row: pd.Series) -> None:
     weights = [float(np.exp(-row[f"log_sigma_{task}"])) for task in TASKS]
     axes.barh(list(TASKS), weights, color="#56B4E9")
     for number, (task, weight) in enumerate(zip(TASKS, weights, strict=True)):
-        axes.text(0.04, number, f"{task} {weight:.2f}", va="center", size=7)
-    axes.set(xlim=(0, 2), ylim=(3.6, -0.6), box_aspect=1)
+        axes.text(0.07, number, f"{task} {weight:.2f}", va="center", size=7)
+    axes.set(xscale="log", xlim=(0.06, 16), ylim=(3.6, -0.6), box_aspect=1)
+    axes.minorticks_off()
     axes.axvline(1, color="#999999", linewidth=0.8, linestyle=":")
 
 
