@@ -182,6 +182,10 @@ class SurrealNet(nn.Module):
             "depth": nn.Conv2d(last, DEPTH_BINS + 1 if depth == "bins" else 1, 1),
             "parts": nn.Conv2d(last, len(PART_NAMES), 1),
         })  # fmt: skip
+        # 3D joints begin at the pelvis. From random places the first losses, by which a weighting may scale the task,
+        # would be several times what a mean pose costs.
+        for parameter in self.heads["pose3d"].parameters():
+            nn.init.zeros_(parameter)
         centres = (torch.arange(label_size) + 0.5) / label_size
         grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).reshape(-1, 2)
         self.register_buffer("grid", grid, persistent=False)
