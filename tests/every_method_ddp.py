@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -75,6 +76,8 @@ def main(folder: Path) -> None:
         except Exception:
             results[name] = {"error": traceback.format_exc()}
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # at the interpreter's own end a thread of gloo sometimes aborts the process
 
 
 if __name__ == "__main__":

@@ -74,6 +74,8 @@ def main(folder: Path, jobs: list[str]) -> None:
         except Exception:
             results[job] = {"error": traceback.format_exc()}
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # at the interpreter's own end a thread of gloo sometimes aborts the process
 
 
 if __name__ == "__main__":
