@@ -285,7 +285,9 @@ def job(cfg: DictConfig) -> float | None:
         raise SystemExit(f"dataparams: {error}") from None
     if not results:
         return None
-    print(headline(results), f"run: {Path(cfg.run_dir).resolve()}", sep="\n", flush=True)
+    folder = Path(cfg.run_dir).resolve()
+    page = [f"page: {folder / REPORT_FILE}"] if (folder / REPORT_FILE).exists() else []
+    print(headline(results), f"run: {folder}", *page, sep="\n", flush=True)
     return next(results[key] for key in OBJECTIVES if key in results)
 
 
@@ -351,6 +353,11 @@ def main() -> None:
                 )
         except (FileNotFoundError, ValueError) as error:
             raise SystemExit(f"dataparams: {error}") from None
+    elif command.isidentifier():  # Hydra's own words for it are of a parser
+        raise SystemExit(
+            f"dataparams: {command!r} is no command: report FOLDER, compare FOLDER, --list, or settings of a run, "
+            "KEY=VALUE (dataparams --help)"
+        )
     else:
         try:
             job()

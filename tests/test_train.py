@@ -411,11 +411,19 @@ def test_a_checkpoint_that_cannot_be_finished_leaves_the_last_one(tmp_path):
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
+def test_a_mistyped_command_is_told_of_those_there_are(tmp_path):
+    done = command(tmp_path, "reprot", "outputs/run")
+    assert done.returncode == 1
+    assert done.stderr.startswith("dataparams: 'reprot' is no command: report FOLDER, compare FOLDER")
+
+
 def test_a_sweep_ends_with_its_table_and_every_run_with_its_files(tmp_path, monkeypatch, capsys):
     done = command(tmp_path, "method=none,data_parameters", "trainer.max_epochs=2", "hydra.sweep.dir=sweep", "-m")
     assert done.returncode == 0, done.stderr
     assert "AUROC log temperature" in done.stdout
     assert f"sweep: {tmp_path / 'sweep'}" in done.stdout
+    assert f"page: {tmp_path / 'sweep' / 'compare.html'}" in done.stdout
+    assert f"page: {tmp_path / 'sweep' / '0-none-seed0' / 'report.html'}" in done.stdout
     assert {"0-none-seed0", "1-data_parameters-seed0", "summary.csv"} <= files_in(tmp_path / "sweep")
     for name in ("0-none-seed0", "1-data_parameters-seed0"):
         assert {"config.yaml", "metrics.csv", "results.json", "rows.parquet", "accuracy.png"} <= files_in(

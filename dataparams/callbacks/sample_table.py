@@ -103,14 +103,16 @@ class SampleTable:
 
         Args:
             k: how many; None: all.
-            by: one of :meth:`scores`. The running mean loss of a noise-robust run is the best single ranking that was
-                measured (see the README); the method's own rows are another.
+            by: one of :meth:`scores`, or ``"mean_margin"``, the column of ``"margin"``. The running mean loss of a
+                noise-robust run is the best single ranking that was measured (see the README); the method's own rows
+                are another.
 
         Raises:
             ValueError: an unknown score.
         """
         frame = self.to_frame()
         scores = self.scores(frame)
+        by = "margin" if by == "mean_margin" else by
         if by not in scores:
             raise ValueError(f"by={by!r} is not a score of {type(self).__name__}; choose from {sorted(scores)}")
         frame["score"] = scores[by]

@@ -11,6 +11,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from dataparams.report.compare_page import FILE as COMPARE_FILE
 from dataparams.report.compare_page import compare
 from dataparams.report.files import check_writable
 
@@ -49,7 +50,10 @@ def print_summary(sweep_dir: Path) -> None:
         print(f"\n{compare(sweep_dir)}")
     except FileNotFoundError as error:
         print(f"\n{error}", file=sys.stderr)
-    print(f"\nsweep: {sweep_dir}", flush=True)
+    print(f"\nsweep: {sweep_dir}")
+    if (sweep_dir / COMPARE_FILE).exists():
+        print(f"page: {sweep_dir / COMPARE_FILE}")
+    sys.stdout.flush()
 
 
 def _check_or_exit(folder: str) -> None:

@@ -143,6 +143,8 @@ def test_suspects_and_auroc_find_the_wrong_labels():
         assert worst["index"].tolist() == column.sort_values(ascending=False, kind="stable").index[:4].tolist()
         assert set(worst["index"]) <= set(np.flatnonzero(data.corrupt.numpy()))
         assert worst["score"].is_monotonic_decreasing
+    by_column = callback.suspects(4, by="mean_margin")  # as the table names it
+    pd.testing.assert_frame_equal(by_column, callback.suspects(4, by="margin"))
     assert len(callback.suspects(None)) == SAMPLES
     assert len(callback.suspects()) == SAMPLES
     assert "score" not in callback.to_frame()  # the user's own copy
