@@ -15,9 +15,9 @@ When it helps: permuted or split tasks on one network; see the README for figure
 tell apart classes of different tasks that share one head and were never seen together, replay can. A strength that
 plain SGD cannot follow diverges: the callback says so at the end of the task that makes it so.
 
-Suggested settings: ``"ewc"`` 50 to 500, ``"si"`` 15, ``"mas"`` 0.05 to 0.5 for networks of a few hundred units at SGD
-0.01 (twice as much where a penalty is written with a factor 1/2); the right size depends on the network and the number
-of tasks. A thousand samples in ``replay`` are a strong baseline.
+Suggested settings: ``"ewc"`` 20 to 500, ``"si"`` 15 to 30, ``"mas"`` 0.02 to 0.5 for networks of a few hundred units at
+SGD 0.01 (twice as much where a penalty is written with a factor 1/2); the right size depends on the network and the
+number of tasks. A thousand samples in ``replay`` are a strong baseline.
 
 Works with: every other method; rows of samples are touched by the task's own batches only, not by replayed ones.
 

@@ -146,10 +146,8 @@ def test_a_broken_method_with_a_meta_set_fails(plain_meta, tmp_path, monkeypatch
 # -- selection ---------------------------------------------------------------------------------------------------------
 
 DATA = Path(os.environ.get("DATAPARAMS_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
-# Far from the evidence's 7,000 samples and 20 epochs, so with a bound of its own: 12 to 17 points in seeds 0 to 4. A
-# selection that ignores the loss gains none.
-SHORT_GAIN = 10
-SHORT = ("data.train_size=2000", "trainer.max_epochs=16", "callbacks.selection.max_fraction=0.6")
+# Of the evidence's 7,000 samples. Of 2,000 for 16 epochs, selection gains 12 to 17 points by seed, too near the bound.
+SHORT = ("data.train_size=4000", "trainer.max_epochs=20", "callbacks.selection.max_fraction=0.6")
 
 
 @pytest.fixture(scope="module")
@@ -168,12 +166,12 @@ def uniform(tmp_path_factory, fashion) -> dict[str, Any]:
 
 def test_selection_passes_every_check(uniform, tmp_path):
     results = train(tmp_path, "method=self_paced", *SHORT, experiment="self_paced")
-    assert [check for check in self_paced([uniform], [results], gain=SHORT_GAIN) if not check.passed] == []
+    assert [check for check in self_paced([uniform], [results]) if not check.passed] == []
 
 
 def test_selection_that_ignores_the_loss_fails(uniform, tmp_path):
     results = train(tmp_path, "method=random_subset", *SHORT, experiment="self_paced")
-    failed = [check.name for check in self_paced([uniform], [results], gain=SHORT_GAIN) if not check.passed]
+    failed = [check.name for check in self_paced([uniform], [results]) if not check.passed]
     assert len(failed) == 2
 
 

@@ -18,7 +18,7 @@ pytestmark = [*QUIET, INERT, pytest.mark.slow]
 SCRIPT = Path(__file__).parents[1] / "task_weights_ddp.py"
 
 
-def two_processes(folder: Path, *jobs: str, seconds: float = 240) -> list[dict[str, Any]]:
+def two_processes(folder: Path, *jobs: str, seconds: float = 120) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,7 +66,7 @@ def test_two_processes_equal_one_with_the_joint_batch(ranks, job):
 
 def test_a_loss_that_only_one_process_calls_does_not_stop_both(tmp_path):
     """The second one has no label for the task in the first batch, and its training step leaves the loss out."""
-    first, second = two_processes(tmp_path, "sometimes")
+    first, second = two_processes(tmp_path, "sometimes", seconds=60)
     assert "error" not in first["sometimes"], first["sometimes"]["error"]
     assert_same(first, second)
     assert first["sometimes"]["callback"]["scales"]["value"] > 0
